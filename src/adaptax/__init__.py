@@ -1,0 +1,1 @@
+"""Meta-learning of the MAML family in JAX."""
