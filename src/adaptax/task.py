@@ -155,12 +155,12 @@ class Splits(eqx.Module):
 
 
 def episode_key(
-    tasks: TaskDistribution, key: PRNGKeyArray, i: int | Int[Array, ""]
+    split: str, key: PRNGKeyArray, i: int | Int[Array, ""]
 ) -> PRNGKeyArray:
     """The key of episode `i`: a function of (key, split, i) and of nothing else.
 
     Two splits never share a stream, so a seed that is used for training and for test does not
     make the test tasks of a generated family those that were trained on.
     """
-    split = zlib.crc32(tasks.split.encode()) & 0x7FFFFFFF
-    return jax.random.fold_in(jax.random.fold_in(key, split), i)
+    stream = zlib.crc32(split.encode()) & 0x7FFFFFFF
+    return jax.random.fold_in(jax.random.fold_in(key, stream), i)

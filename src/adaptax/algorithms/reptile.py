@@ -1,0 +1,180 @@
+"""Reptile (Nichol, Achiam & Schulman 2018, arXiv:1803.02999)."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from .. import inner, tree
+from ..learner import Meta, MetaLearner
+from ..losses import Loss
+from ..task import Batch, Minibatches, Model, Source, Task
+
+
+class Reptile(MetaLearner):
+    """Move the initialisation towards the weights that each task leads to.
+
+        φ = U_k(θ; S),   θ ← θ + ε · mean over tasks (φ − θ)
+
+    Here as a meta-loss, `½‖θ − stop(φ)‖²`, whose gradient is `θ − φ`: plain gradient descent with
+    rate ε on it *is* Reptile (serial with a meta-batch of one, batched with more), and any optax
+    optimizer may take its place. One step of inner SGD makes it joint training.
+
+    Paper and code. The experiments' inner rule is Adam without momentum,
+    `inner_optimizer=adaptax.inner.adam(lr)`. The released code keeps Adam's second moments and
+    step count from task to task, and starts evaluation from them: `carry_state=True` (with a
+    meta-batch of n tasks we carry their mean, the code the last one's). Its loss sums over the
+    minibatch; Adam does not notice. It samples no query set: use tasks with `train_query=0` and
+    more `train_shot`, or `include_query=True`. Batch normalisation's parameters are adapted.
+
+    Args:
+        loss: of the inner loop.
+        inner_lr: step size of inner gradient descent.
+        inner_steps: k, in meta-training.
+        inner_batch: examples an inner step, drawn without replacement; all if `None`.
+        eval_steps: steps that `adapt` takes; as many as in training if `None`.
+        eval_batch: examples a step of `adapt`; as `inner_batch` if `None`.
+        inner_optimizer: any optax rule instead of gradient descent by `inner_lr`.
+        outer_lr: ε at the start of meta-training, from where it falls linearly to 0.
+        carry_state: keep the inner rule's state from task to task.
+        include_query: meta-train on support and query together.
+        adapt_only: a predicate on leaf paths choosing what is adapted; everything if `None`.
+    """
+
+    loss: Loss = eqx.field(static=True)
+    inner_lr: inner.Rate = 0.02
+    inner_steps: int = eqx.field(static=True, default=5)
+    inner_batch: int | None = eqx.field(static=True, default=None)
+    _: KW_ONLY
+    eval_steps: int | None = eqx.field(static=True, default=None)
+    eval_batch: int | None = eqx.field(static=True, default=None)
+    inner_optimizer: optax.GradientTransformation | None = eqx.field(static=True, default=None)
+    outer_lr: float = eqx.field(static=True, default=1.0)
+    carry_state: bool = eqx.field(static=True, default=False)
+    include_query: bool = eqx.field(static=True, default=False)
+    adapt_only: tree.Predicate | None = eqx.field(static=True, default=None)
+
+    def init(self, model: Model, *, key: PRNGKeyArray) -> Meta:
+        """The model; with `carry_state`, `{"model": ..., "state": of the inner rule}`."""
+        if not self.carry_state:
+            return model
+        adapted = eqx.filter(model, tree.adaptable(model, self._adapt_only))
+        return {"model": model, "state": _as_floats(self._rule.init(adapted))}
+
+    def adapt(self, meta: Meta, support: Source, *, key: PRNGKeyArray) -> Model:
+        """The model after `eval_steps` steps on the support."""
+        return self._evaluate(meta, support, key, None).model
+
+    def iterates(
+        self, meta: Meta, support: Source, *, key: PRNGKeyArray, steps: int | None = None
+    ) -> Model:
+        """The models after 0, 1, … `steps` (by default `eval_steps`) steps."""
+        return self._evaluate(meta, support, key, steps, keep_path=True).path
+
+    def meta_loss(
+        self, meta: Meta, task: Task, *, key: PRNGKeyArray, progress: float | Array = 1.0
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """`½‖θ − stop(U_k(θ; S))‖²`, and the same for a carried state of the inner rule."""
+        draw_key, union_key, order_key = jax.random.split(key, 3)
+        support = _union(task, _model(meta), union_key) if self.include_query else task.support
+        support = _minibatches(support, self.inner_batch, order_key)
+        goal = self._descend(meta, support, draw_key, self.inner_steps)
+        distance = tree.squared_distance(_model(meta), inner.stop(goal.model))
+        if self.carry_state:
+            distance += tree.squared_distance(meta["state"], inner.stop(_as_floats(goal.state)))
+        return distance / 2, {}
+
+    def optimizer(self, steps: int) -> optax.GradientTransformation:
+        """Gradient descent with ε from `outer_lr` linearly to 0; a carried state is replaced."""
+        reptile = optax.sgd(optax.linear_schedule(self.outer_lr, 0.0, steps))
+        if not self.carry_state:
+            return reptile
+        labels = lambda meta: {name: name for name in meta}  # noqa: E731
+        return optax.partition({"model": reptile, "state": optax.sgd(1.0)}, labels)
+
+    def describe(self) -> dict[str, Any]:
+        """Name, steps and rate."""
+        return {
+            "algorithm": "Reptile",
+            "inner_steps": self.inner_steps,
+            "eval_steps": self.inner_steps if self.eval_steps is None else self.eval_steps,
+            "inner_batch": self.inner_batch or "all",
+            "inner_rule": "given" if self.inner_optimizer else f"SGD {self.inner_lr}",
+        }
+
+    @property
+    def _rule(self) -> optax.GradientTransformation:
+        return self.inner_optimizer or inner.sgd(self.inner_lr)
+
+    @property
+    def _adapt_only(self) -> tree.Predicate:
+        return self.adapt_only or tree.every
+
+    def _evaluate(
+        self, meta: Meta, support: Source, key: PRNGKeyArray, steps: int | None, **how: Any
+    ) -> inner.Descent:
+        draw_key, order_key = jax.random.split(key)
+        support = _minibatches(support, self.eval_batch or self.inner_batch, order_key)
+        if steps is None:
+            steps = self.inner_steps if self.eval_steps is None else self.eval_steps
+        return self._descend(meta, support, draw_key, steps, **how)
+
+    def _descend(
+        self, meta: Meta, support: Source, key: PRNGKeyArray, steps: int, **how: Any
+    ) -> inner.Descent:
+        start = _model(meta)
+        state = None
+        if self.carry_state:
+            adapted = eqx.filter(start, tree.adaptable(start, self._adapt_only))
+            state = _as(jax.eval_shape(self._rule.init, adapted), meta["state"])
+        return inner.run(
+            self.loss,
+            start,
+            support,
+            key=key,
+            steps=steps,
+            optimizer=self._rule,
+            state=state,
+            first_order=True,
+            adapt_only=self._adapt_only,
+            **how,
+        )
+
+
+def _model(meta: Meta) -> Model:
+    carried = isinstance(meta, dict) and set(meta) == {"model", "state"}
+    return meta["model"] if carried else meta
+
+
+def _union(task: Task, model: Model, key: PRNGKeyArray) -> Batch:
+    """Support and query as one batch: Reptile needs no split of a training task."""
+    batches = [source.draw(model, key) for source in (task.support, task.query)]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *batches)
+
+
+def _minibatches(support: Source, size: int | None, key: PRNGKeyArray) -> Source:
+    if size is None or not isinstance(support, Batch):
+        return support
+    return Minibatches(support, size, key)
+
+
+def _as_floats(state: PyTree) -> PyTree:
+    """Counters as floats, so that the outer optimizer carries them like everything else."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf, float)), state)
+
+
+def _as(shapes: PyTree, state: PyTree) -> PyTree:
+    """Back to the dtypes that the rule wants, without a derivative."""
+    return jax.tree.map(
+        lambda s, leaf: jax.lax.stop_gradient(
+            jnp.round(leaf) if jnp.issubdtype(s.dtype, jnp.integer) else leaf
+        ).astype(s.dtype),
+        shapes,
+        state,
+    )

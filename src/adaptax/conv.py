@@ -1,0 +1,191 @@
+"""The convolution as slices and one matrix product, and the same for any model's convolutions.
+
+XLA's CPU backend is slow at `conv_general_dilated` inside loops and in the layouts that
+differentiating twice makes. Slices, concatenation and a matrix product are fast everywhere, and
+closed under differentiation: their derivatives of any order are products, slices and pads again.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core
+from jaxtyping import Array, Float
+
+Padding = str | Sequence[tuple[int, int]]
+
+
+def conv(
+    x: Float[Array, "n *size c"],
+    kernel: Float[Array, "*window c out"],
+    *,
+    strides: Sequence[int],
+    padding: Padding = "SAME",
+    precision: Any = None,
+) -> Float[Array, "n *outsize out"]:
+    """`y[n, p, o] = Σ_{q, c} x[n, s·p + q, c] · kernel[q, c, o]`, in any number of dimensions.
+
+    Args:
+        x: channels last.
+        kernel: window, input channels, output channels.
+        strides: one for each dimension.
+        padding: `"SAME"`, `"VALID"`, or `(low, high)` for each dimension.
+        precision: of the matrix product, as in `jax.lax.dot_general`.
+    """
+    window, (c, out) = kernel.shape[:-2], kernel.shape[-2:]
+    size = x.shape[1:-1]
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(size, window, strides, padding)
+    config = ((0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0))
+    x = lax.pad(x, jnp.zeros((), x.dtype), config)  # negative padding crops
+    outsize = [max((n - k) // s + 1, 0) for n, k, s in zip(x.shape[1:-1], window, strides)]
+    # Written out once: fused into the concatenation, the padding costs a comparison an element.
+    x = lax.optimization_barrier(x)
+    columns = [
+        lax.slice(
+            x,
+            (0, *offset, 0),
+            (len(x), *(o + (m - 1) * s + 1 for o, m, s in zip(offset, outsize, strides)), c),
+            (1, *strides, 1),
+        )
+        for offset in itertools.product(*map(range, window))
+    ]
+    patches = jnp.concatenate(columns, axis=-1) if len(columns) > 1 else columns[0]
+    y = jnp.dot(
+        patches.reshape(-1, math.prod(window) * c), kernel.reshape(-1, out), precision=precision
+    )
+    return y.reshape(len(x), *outsize, out)
+
+
+FastPath = bool | Literal["auto"]
+
+
+def fast(function: Callable[..., Any], enabled: FastPath = "auto") -> Callable[..., Any]:
+    """The same function, its plain convolutions replaced by `conv`; differentiable as before.
+
+    `adaptax.fit`, `evaluate` and `meta_value_and_grad` apply this to a learner's loss, so a model
+    of any library gets the fast convolution unchanged. The function is traced to a jaxpr and that
+    is evaluated, descending into `jit`, `scan`, `cond`, `while` and `checkpoint`. Grouped, dilated
+    and transposed convolutions are left as they are, and custom derivative rules keep theirs.
+
+    Args:
+        function: pure; its arrays may be anywhere in its arguments.
+        enabled: `"auto"` replaces on the CPU, where it was measured to be faster.
+    """
+    if enabled is False or (enabled == "auto" and jax.default_backend() != "cpu"):
+        return function
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        arrays = [leaf for leaf in leaves if eqx.is_array(leaf)]
+
+        def flat(*arrays: Array) -> Any:
+            values = iter(arrays)
+            filled = [next(values) if eqx.is_array(leaf) else leaf for leaf in leaves]
+            args, kwargs = jax.tree.unflatten(structure, filled)
+            out, static = eqx.partition(function(*args, **kwargs), eqx.is_array)
+            box.append((jax.tree.structure(out), static))
+            return jax.tree.leaves(out)
+
+        box: list[Any] = []
+        closed = jax.make_jaxpr(flat)(*arrays)
+        if not _convolves(closed.jaxpr):
+            return function(*args, **kwargs)
+        out_structure, static = box[-1]
+        return eqx.combine(jax.tree.unflatten(out_structure, _evaluate(closed, arrays)), static)
+
+    return wrapped
+
+
+def _evaluate(closed: Any, args: Sequence[Any]) -> list[Any]:
+    """Run a jaxpr, with `conv` in place of every plain convolution."""
+    jaxpr = closed.jaxpr
+    env: dict[Any, Any] = {}
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, core.Literal) else env[atom]
+
+    env.update(zip(jaxpr.constvars, closed.consts, strict=True))
+    env.update(zip(jaxpr.invars, args, strict=True))
+    for equation in jaxpr.eqns:
+        values = [read(atom) for atom in equation.invars]
+        results = _bind(equation, values)
+        env.update(zip(equation.outvars, results, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _bind(equation: Any, values: list[Any]) -> list[Any]:
+    primitive, params = equation.primitive, dict(equation.params)
+    match primitive.name:
+        case "conv_general_dilated" if _plain(params):
+            return [_matmul_form(*values, params, equation.outvars[0].aval.dtype)]
+        case "jit" | "pjit" if _convolves(params["jaxpr"].jaxpr):
+            return _evaluate(params["jaxpr"], values)
+        case "scan" | "while" | "cond" | "checkpoint" | "remat2" | "remat":
+            params = {name: _rewrite(value) for name, value in params.items()}
+    bind = primitive.get_bind_params(params)
+    functions, params = bind if isinstance(bind, tuple) else ((), bind)  # as JAX < 0.10 has it
+    out = primitive.bind(*functions, *values, **params)
+    return list(out) if primitive.multiple_results else [out]
+
+
+def _rewrite(param: Any) -> Any:
+    """A parameter of a control-flow primitive, with the jaxprs in it rewritten."""
+    if isinstance(param, tuple):
+        return tuple(map(_rewrite, param))
+    if isinstance(param, core.ClosedJaxpr) and _convolves(param.jaxpr):
+        shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in param.jaxpr.invars]
+        return jax.make_jaxpr(lambda *args: _evaluate(param, args))(*shapes)
+    if isinstance(param, core.Jaxpr) and _convolves(param):
+        closed = _rewrite(core.ClosedJaxpr(param, ()))
+        # An open jaxpr cannot hold constants; ours has none but those that tracing may hoist.
+        return closed.jaxpr if not closed.consts else param
+    return param
+
+
+def _convolves(jaxpr: Any) -> bool:
+    """Whether a jaxpr, or one inside it, has a convolution that can be replaced."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "conv_general_dilated" and _plain(equation.params):
+            return True
+        for param in equation.params.values():
+            for inner in param if isinstance(param, tuple) else (param,):
+                inner = inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner
+                if isinstance(inner, core.Jaxpr) and _convolves(inner):
+                    return True
+    return False
+
+
+def _plain(params: dict[str, Any]) -> bool:
+    """No groups and no dilation of either side; real floating point."""
+    return (
+        params["feature_group_count"] == params["batch_group_count"] == 1
+        and set(params["lhs_dilation"]) | set(params["rhs_dilation"]) <= {1}
+    )
+
+
+def _matmul_form(x: Array, kernel: Array, params: dict[str, Any], dtype: np.dtype) -> Array:
+    """`conv_general_dilated` of any layout through `conv`, which wants channels last."""
+    layout = params["dimension_numbers"]
+    channels_last = (layout.lhs_spec[0], *layout.lhs_spec[2:], layout.lhs_spec[1])
+    window_first = (*layout.rhs_spec[2:], layout.rhs_spec[1], layout.rhs_spec[0])
+    y = conv(
+        lax.transpose(x, channels_last),
+        lax.transpose(kernel, window_first),
+        strides=params["window_strides"],
+        padding=params["padding"],
+        precision=params["precision"],
+    )
+    out = layout.out_spec
+    position = np.argsort((out[0], *out[2:], out[1]))
+    return lax.transpose(y, tuple(int(p) for p in position)).astype(dtype)

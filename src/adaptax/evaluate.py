@@ -1,0 +1,318 @@
+"""Evaluation: the same episodes for every learner, and the protocol printed with the number."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from . import feed, io, metrics
+from .conv import FastPath, fast
+from .learner import Ensemble, Meta, MetaLearner
+from .mapping import Mapping, chunk_size, with_fast_path
+from .task import Model, TaskDistribution
+
+DIVERGED = 10.0
+"""A regression task counts as diverged when its error after adaptation is not finite, or is so
+many times its error before."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Scores of one learner on the episodes of one split, with the protocol they belong to.
+
+    Args:
+        protocol: what the number depends on: algorithm, tasks, ways, shots, queries, split,
+            episodes, steps, transductive or not, single model or ensemble.
+        at: the adaptation steps that were scored; `[None]` for a learner without steps.
+        values: for each metric, an array `(episodes, len(at))`.
+        bins: calibration tables, `(len(at), bins, 3)`, for classification.
+    """
+
+    protocol: dict[str, Any]
+    at: list[int | None]
+    values: dict[str, np.ndarray]
+    bins: np.ndarray | None
+
+    @property
+    def primary(self) -> str:
+        """`"accuracy"` for classification, `"mse"` for regression."""
+        return "accuracy" if "accuracy" in self.values else "mse"
+
+    @property
+    def score(self) -> float:
+        """The primary metric after the last step, signed so that more is better."""
+        mean = self.mean(self.primary)
+        sign = 1 if self.primary == "accuracy" else -1
+        return sign * mean if math.isfinite(mean) else -math.inf
+
+    def mean(self, metric: str, step: int = -1) -> float:
+        """Mean over episodes of a metric at one of the steps in `at` (by position)."""
+        return float(np.mean(self.values[metric][:, step]))
+
+    def ci95(self, metric: str, step: int = -1) -> float:
+        """Half the 95 % confidence interval of that mean: 1.96 standard errors over episodes."""
+        values = self.values[metric][:, step]
+        spread = np.std(values, ddof=1) if len(values) > 1 else math.nan
+        return float(1.96 * spread / math.sqrt(len(values)))
+
+    def ece(self, step: int = -1) -> float:
+        """Expected calibration error over the queries of all episodes, in bins of confidence."""
+        if self.bins is None:
+            raise ValueError("the calibration error is a metric of classification")
+        return metrics.calibration_error(jnp.asarray(self.bins[step]))
+
+    def diverged(self, step: int = -1) -> int:
+        """Episodes whose adaptation diverged by then; see `DIVERGED`. Means include them."""
+        if self.primary == "accuracy":
+            return int(np.sum(~np.isfinite(self.values["nll"][:, step])))
+        mse = self.values["mse"]
+        bad = ~np.isfinite(mse[:, step])
+        if self.at[0] == 0:
+            bad |= mse[:, step] > DIVERGED * mse[:, 0]
+        return int(np.sum(bad))
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the single episodes, as JSON values."""
+        curve = []
+        for i, step in enumerate(self.at):
+            row: dict[str, Any] = {"step": step}
+            for name in self.values:
+                row[name], row[f"{name}_ci95"] = self.mean(name, i), self.ci95(name, i)
+            row[f"median_{self.primary}"] = float(np.median(self.values[self.primary][:, i]))
+            if self.bins is not None:
+                row["ece"] = self.ece(i)
+            row["diverged"] = self.diverged(i)
+            curve.append(row)
+        return {"protocol": self.protocol, "result": curve[-1], "curve": curve}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_json` to a file."""
+        io.write_atomic(path, (json.dumps(self.to_json(), indent=2) + "\n").encode())
+
+    def __str__(self) -> str:
+        """The score, the curve over steps, and the protocol."""
+        last = self.to_json()["result"]
+        scale, unit = (100, " %") if self.primary == "accuracy" else (1, "")
+        shown = f"{scale * last[self.primary]:.4g} ± {scale * last[self.primary + '_ci95']:.2g}"
+        lines = [f"{self.primary} {shown}{unit} (mean, 95 % CI over episodes)"]
+        rest = [n for n in (*self.values, "ece") if n in last and n != self.primary]
+        lines.append(", ".join(f"{name} {last[name]:.4g}" for name in rest))
+        if len(self.at) > 1:
+            curve = zip(self.at, range(len(self.at)))
+            points = (f"{step}: {scale * self.mean(self.primary, i):.4g}" for step, i in curve)
+            lines.append(f"{self.primary} by step: " + ", ".join(points))
+        if last["diverged"]:
+            lines.append(f"{last['diverged']} of {self.protocol['episodes']} tasks diverged")
+        lines.append(", ".join(f"{name} {value}" for name, value in self.protocol.items()))
+        return "\n".join(lines)
+
+
+def evaluate(
+    learner: MetaLearner,
+    meta: Meta,
+    tasks: TaskDistribution,
+    *,
+    key: PRNGKeyArray,
+    **how: Any,
+) -> Report:
+    """Adapt to each of 600 tasks and score the predictions on its queries.
+
+    Episode i depends on the key, the split and i alone: every learner sees the same ones.
+
+    Args:
+        learner: any `MetaLearner`.
+        meta: its meta-parameters, `result.meta`.
+        tasks: usually `tasks.test`.
+        key: names the episodes.
+        how: the arguments of `Evaluator`: `episodes`, `steps`, `at`, `transductive`, `noise`,
+            `mapping`, `fast_path`, `watch`.
+
+    Raises:
+        ValueError: if there are no episodes or no queries, or the model's output does not fit
+            the targets.
+    """
+    return Evaluator(learner, tasks, **how)(meta, key=key)
+
+
+class Evaluator:
+    """`evaluate` for one learner and one split, compiled once and called as often as need be.
+
+    Args:
+        learner: any `MetaLearner`.
+        tasks: the split.
+        episodes: how many; 600 as in MAML's paper.
+        steps: adaptation steps; as many as the learner takes in `adapt` if `None`.
+        at: the steps to score; by default all up to 10, or eleven evenly spaced.
+        transductive: predict all queries of an episode as one batch, as the papers of MAML do:
+            with batch normalisation they then see each other. If false, each query is predicted
+            in a batch of the support set and itself alone, as in Reptile's paper.
+        noise: standard deviation of the targets that the likelihood of a regression assumes.
+        mapping: how to map over episodes; see `adaptax.mapping.Mapping`.
+        fast_path: see `adaptax.conv.fast`.
+        watch: called with the number of episodes done.
+    """
+
+    def __init__(
+        self,
+        learner: MetaLearner,
+        tasks: TaskDistribution,
+        *,
+        episodes: int = 600,
+        steps: int | None = None,
+        at: Sequence[int] | None = None,
+        transductive: bool = True,
+        noise: float = 1.0,
+        mapping: Mapping = "auto",
+        fast_path: FastPath = "auto",
+        watch: Callable[[int], None] | None = None,
+    ):
+        if episodes < 1:
+            raise ValueError(f"episodes is at least 1, not {episodes}")
+        if noise <= 0:
+            raise ValueError(f"noise is a positive standard deviation, not {noise}")
+        if steps is not None and steps < 0:
+            raise ValueError(f"steps is 0 or more, not {steps}")
+        self.learner, self.tasks, self.episodes = with_fast_path(learner, fast_path), tasks, episodes
+        self.steps, self.at, self.transductive, self.noise = steps, at, transductive, noise
+        self.mapping, self.fast_path, self.watch = mapping, fast_path, watch
+        self._facts: dict[str, Any] = {}
+        self._size: int | None = None
+        self._program = eqx.filter_jit(self._chunk)
+
+    def __call__(self, meta: Meta, *, key: PRNGKeyArray) -> Report:
+        """Score these meta-parameters on the episodes that `key` names."""
+        if self._size is None:
+            probe = feed.load(self.tasks, key, jnp.zeros(1, jnp.uint32))
+            each = lambda loaded: self._episode(meta, self.tasks, loaded, key)  # noqa: E731
+            self._size = chunk_size(self.mapping, 32, each, (probe,))
+        # The tail of the last chunk repeats the last episode, so that one program does for all.
+        chunk = min(self.episodes, 100 if self._size == 1 else 20 * self._size)
+        jobs = (lambda s=s: self._load(s, chunk, key) for s in range(0, self.episodes, chunk))
+        parts = []
+        for loaded, keys in feed.prefetch(self.tasks, jobs):
+            scores = self._program(meta, self.tasks, loaded, keys)
+            parts.append(jax.tree.map(np.asarray, scores))
+            if self.watch is not None:
+                self.watch(min(len(parts) * chunk, self.episodes))
+        values = {n: np.concatenate([p[n] for p in parts])[: self.episodes] for n in parts[0]}
+        bins = values.pop("bins", None)
+        bins = None if bins is None else bins.sum(axis=0)
+        return Report(self._protocol("mse" in values), self._facts["at"], values, bins)
+
+    def _protocol(self, regression: bool) -> dict[str, Any]:
+        particles = self._facts["particles"]
+        return {
+            **self.learner.describe(),
+            **self.tasks.describe(),
+            "episodes": self.episodes,
+            "steps": self._facts["at"][-1],
+            "ci": "1.96 standard errors over episodes",
+            "transductive": self.transductive,
+            "model": "single" if particles == 1 else f"ensemble of {particles}",
+            **({"nll_noise": self.noise} if regression else {}),
+        }
+
+    def _load(self, start: int, chunk: int, key: PRNGKeyArray) -> tuple[PyTree, PRNGKeyArray]:
+        index = jnp.minimum(jnp.arange(start, start + chunk), self.episodes - 1).astype(jnp.uint32)
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+        return feed.load(self.tasks, key, index), keys
+
+    def _chunk(
+        self, meta: Meta, tasks: TaskDistribution, loaded: PyTree, keys: PRNGKeyArray
+    ) -> dict[str, Array]:
+        each = lambda xs: self._episode(meta, tasks, *xs)  # noqa: E731
+        return jax.lax.map(each, (loaded, keys), batch_size=None if self._size == 1 else self._size)
+
+    def _episode(
+        self, meta: Meta, tasks: TaskDistribution, loaded: PyTree, key: PRNGKeyArray
+    ) -> dict[str, Array]:
+        """Scores of one episode, leading with the axis of scored steps."""
+        adapt_key, support_key, query_key = jax.random.split(key, 3)
+        task = feed.task(tasks, loaded)
+        path = self.learner.iterates(meta, task.support, key=adapt_key, steps=self.steps)
+        arrays, rest = eqx.partition(path, eqx.is_array)
+        length = len(jax.tree.leaves(arrays)[0])
+        chosen = _chosen(length, self.at)
+        # Drawn once, for the model before adaptation, which is right for data at rest.
+        before = eqx.combine(jax.tree.map(lambda leaf: leaf[0], arrays), rest)
+        support = task.support.draw(before, support_key)
+        query = task.query.draw(before, query_key)
+        self._facts["at"] = chosen if length > 1 else [None]
+        self._facts["particles"] = before.particles if isinstance(before, Ensemble) else 1
+
+        def scores(arrays: PyTree) -> dict[str, Array]:
+            predictions = predict(
+                eqx.combine(arrays, rest), query.x, support.x,
+                transductive=self.transductive, fast_path=self.fast_path,
+            )  # fmt: skip
+            return _scores(predictions, query.y, self.noise)
+
+        picked = jax.tree.map(lambda leaf: leaf[jnp.array(chosen)], arrays)
+        return jax.lax.map(scores, picked)
+
+
+def predict(
+    model: Model,
+    x: PyTree,
+    support_x: PyTree,
+    *,
+    transductive: bool,
+    fast_path: FastPath = "auto",
+) -> Float[Array, "..."]:
+    """Predictions for queries, together or one by one.
+
+    Args:
+        model: an adapted model or an `Ensemble`.
+        x: queries, leading with the example axis.
+        support_x: the inputs it was adapted to.
+        transductive: all queries in one batch; else each with the support set alone, so that
+            nothing computed over the batch lets it see another query.
+        fast_path: see `adaptax.conv.fast`.
+    """
+    call = fast(lambda model, x: model(x), fast_path)
+    if transductive:
+        return call(model, x)
+    axis = 1 if isinstance(model, Ensemble) else 0
+
+    def alone(one: PyTree) -> Array:
+        batch = jax.tree.map(lambda s, q: jnp.concatenate([s, q[None]]), support_x, one)
+        return jnp.take(call(model, batch), -1, axis=axis)
+
+    # Sixteen at a time bounds memory and keeps the matrix products large.
+    return jnp.moveaxis(jax.lax.map(alone, x, batch_size=16), 0, axis)
+
+
+def _chosen(length: int, at: Sequence[int] | None) -> list[int]:
+    if at is None:
+        at = range(length) if length <= 11 else np.linspace(0, length - 1, 11).round().astype(int)
+    chosen = [int(step) for step in at]
+    if not chosen or min(chosen) < 0 or max(chosen) >= length:
+        raise ValueError(f"at={chosen} should be steps between 0 and the last, {length - 1}")
+    return chosen
+
+
+def _scores(predictions: Array, targets: Array, noise: float) -> dict[str, Array]:
+    if targets.shape[0] == 0:
+        raise ValueError("the tasks have no queries to score; sample them with query=1 or more")
+    if jnp.issubdtype(targets.dtype, jnp.integer):
+        if predictions.ndim not in (2, 3) or predictions.shape[-2] != len(targets):
+            raise ValueError(
+                f"for {len(targets)} labels the model should predict logits of shape "
+                f"({len(targets)}, way), and predicted {predictions.shape}"
+            )
+        return metrics.classification(predictions, targets)
+    if predictions.shape[-targets.ndim :] != targets.shape:
+        raise ValueError(
+            f"the model predicts {predictions.shape} for targets of shape {targets.shape}"
+        )
+    return metrics.regression(predictions, targets, noise)

@@ -1,0 +1,86 @@
+"""How episodes reach the device: sampled there, or planned there and fetched from the host."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree
+
+from .task import HostTaskDistribution, Task, TaskDistribution, episode_key
+
+
+def load(tasks: TaskDistribution, key: PRNGKeyArray, episodes: Int[Array, " *shape"]) -> PyTree:
+    """What a compiled program needs of these episodes: their keys, or their fetched data.
+
+    Args:
+        tasks: the distribution.
+        key: the stream that episodes are counted in.
+        episodes: indices, of any shape; the result leads with it.
+    """
+    keys = _keys(tasks.split, key, episodes)
+    if not isinstance(tasks, HostTaskDistribution):
+        return keys
+    plan = tasks.plan
+    for _ in episodes.shape:
+        plan = jax.vmap(plan)
+    return tasks.fetch(eqx.filter_jit(plan)(keys))
+
+
+def task(tasks: TaskDistribution, loaded: PyTree) -> Task:
+    """One task from one episode's share of `load`; traceable."""
+    return loaded if isinstance(tasks, HostTaskDistribution) else tasks.sample(loaded)
+
+
+def prefetch(tasks: TaskDistribution, jobs: Iterable[Callable[[], Any]]) -> Iterator[Any]:
+    """The results of jobs in order; for data on the host each runs one ahead, in a thread."""
+    if not isinstance(tasks, HostTaskDistribution):
+        for job in jobs:
+            yield job()
+        return
+    ready: queue.Queue[Any] = queue.Queue(maxsize=1)
+    stop = threading.Event()
+
+    def offer(item: Any) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for job in jobs:
+                if not offer((True, job())):
+                    return
+            offer((True, stop))
+        except BaseException as error:  # handed to the consumer, who raises it
+            offer((False, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            good, item = ready.get()
+            if not good:
+                raise item
+            if item is stop:
+                return
+            yield item
+    finally:
+        stop.set()
+        thread.join()
+
+
+@eqx.filter_jit
+def _keys(split: str, key: PRNGKeyArray, episodes: Int[Array, " *shape"]) -> PRNGKeyArray:
+    one: Any = lambda i: episode_key(split, key, i)  # noqa: E731
+    for _ in episodes.shape:
+        one = jax.vmap(one)
+    return one(episodes)

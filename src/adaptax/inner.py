@@ -1,0 +1,147 @@
+"""The differentiable inner loop: `U_k(θ; S)`, k steps of any optax rule on a task's support."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from . import tree
+from .losses import Loss
+from .task import Model, Source
+
+Rate = float | Float[Array, ""] | PyTree | Callable[[Any], Any]
+"""A step size: a number, a tree of the model's structure, or a function of the step to either."""
+
+
+def sgd(lr: Rate) -> optax.GradientTransformation:
+    """Gradient descent whose rates may be learned: `θ ← θ − lr ∘ ∇L(θ)`.
+
+    Args:
+        lr: a number; a tree with a rate (scalar or elementwise) at every adapted leaf; or a
+            schedule from the step, 0 first, to one of these. Differentiable in all of them.
+    """
+
+    def update(grads: PyTree, step: Any, params: PyTree = None) -> tuple[PyTree, Any]:
+        rate = lr(step) if _is_leaf(lr) and callable(lr) else lr
+        if _is_leaf(rate):
+            return jax.tree.map(lambda g: -rate * g, grads), step + 1
+        scale = lambda g, r: None if g is None else -r * g  # noqa: E731 - rates of fixed leaves
+        return jax.tree.map(scale, grads, rate, is_leaf=lambda g: g is None), step + 1
+
+    return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
+
+
+def adam(lr: float, b1: float = 0.0, b2: float = 0.999, eps: float = 1e-8) -> Any:
+    """Adam without momentum (`b1 = 0`): the inner rule of Reptile's experiments."""
+    return optax.adam(lr, b1=b1, b2=b2, eps=eps)
+
+
+class Descent(eqx.Module):
+    """The outcome of an inner loop.
+
+    Args:
+        model: the adapted model.
+        state: the state of the update rule after the last step.
+        path: the models after `0..steps` steps, arrays leading with an axis of `steps + 1`;
+            `None` unless asked for.
+    """
+
+    model: Model
+    state: PyTree
+    path: Model | None
+
+
+def descend(loss: Loss, model: Model, support: Source, **how: Any) -> Model:
+    """The model after the steps of `run`, whose arguments it takes."""
+    return run(loss, model, support, **how).model
+
+
+def iterates(loss: Loss, model: Model, support: Source, **how: Any) -> Model:
+    """The models after `0..steps` steps of `run`, stacked along a leading axis."""
+    return run(loss, model, support, keep_path=True, **how).path
+
+
+def run(
+    loss: Loss,
+    model: Model,
+    support: Source,
+    *,
+    key: PRNGKeyArray,
+    steps: int,
+    lr: Rate | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    state: PyTree = None,
+    first_order: bool = False,
+    remat: bool = False,
+    adapt_only: tree.Predicate | None = None,
+    keep_path: bool = False,
+) -> Descent:
+    """Adapt a model by `steps` gradient steps on `support`; differentiable in everything.
+
+    Args:
+        loss: `loss(model, batch) -> scalar`.
+        model: any callable pytree.
+        support: where batches come from, one for each step.
+        key: randomness of the draws.
+        steps: number of steps; 0 returns the model.
+        lr: step size of gradient descent; see `sgd`.
+        optimizer: any optax rule, instead of `lr`.
+        state: the rule's state to start from; fresh if `None`.
+        first_order: treat the inner gradients as constants. No second-order graph is built.
+        remat: recompute each step when differentiating instead of storing its activations, so
+            that memory grows with the parameters, not the activations, times `steps`.
+        adapt_only: which leaves to adapt; see `adaptax.tree.adaptable`.
+        keep_path: also keep the model after every step.
+
+    Raises:
+        ValueError: unless exactly one of `lr` and `optimizer` is given and `steps >= 0`.
+    """
+    if (lr is None) == (optimizer is None):
+        raise ValueError("give the inner loop either `lr` or `optimizer`, and not both")
+    if steps < 0:
+        raise ValueError(f"the inner loop takes 0 or more steps, not {steps}")
+    rule = sgd(lr) if optimizer is None else optimizer
+    start, fixed = eqx.partition(model, tree.adaptable(model, adapt_only))
+
+    def gradient(params: PyTree, step: Any) -> PyTree:
+        source, rest = support, fixed
+        if first_order:
+            # Cut at the inputs, not at the result: nothing that flows in carries a tangent, so
+            # differentiating the loop never traces the derivative of a gradient.
+            params, rest, source = stop((params, rest, source))
+        now = source.at(step) if hasattr(source, "at") else source
+        batch = now.draw(eqx.combine(params, rest), jax.random.fold_in(key, step))
+        return jax.grad(lambda p: loss(eqx.combine(p, rest), batch))(params)
+
+    def step(carry: PyTree, i: Any) -> tuple[PyTree, PyTree]:
+        params, state = carry
+        updates, state = rule.update(gradient(params, i), state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), params if keep_path else None
+
+    carry = (start, rule.init(start) if state is None else state)
+    body = jax.checkpoint(step) if remat else step
+    (params, state), path = jax.lax.scan(body, carry, jnp.arange(steps))
+    if keep_path:
+        path = jax.tree.map(lambda s, p: jnp.concatenate([s[None], p]), start, path)
+        path = eqx.combine(path, jax.tree.map(lambda leaf: _repeat(leaf, steps + 1), fixed))
+    return Descent(eqx.combine(params, fixed), state, path)
+
+
+def stop(tree: PyTree) -> PyTree:
+    """The tree without a derivative."""
+    return jax.tree.map(lambda a: jax.lax.stop_gradient(a) if eqx.is_array(a) else a, tree)
+
+
+def _is_leaf(tree: PyTree) -> bool:
+    return jax.tree.structure(tree) == jax.tree.structure(0)
+
+
+def _repeat(leaf: Any, times: int) -> Any:
+    return jnp.broadcast_to(leaf, (times, *leaf.shape)) if eqx.is_array(leaf) else leaf

@@ -1,0 +1,79 @@
+"""Losses `loss(model, batch) -> scalar`, with the reductions that the papers' codes use.
+
+Published step sizes depend on the reduction. MAML's code divides the *sum* of the cross-entropies
+of a batch by the number of shots, so that its gradient is `way` times that of the mean; Reptile's
+and LEO's codes sum. `reduction=` names all three:
+
+    loss = functools.partial(adaptax.losses.cross_entropy, reduction="sum/shot")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from .task import Batch, Model
+
+Loss = Callable[[Model, Batch], Float[Array, ""]]
+Reduction = Literal["mean", "sum", "sum/shot"]
+
+
+def mse(model: Model, batch: Batch, *, reduction: Reduction = "mean") -> Float[Array, ""]:
+    """Squared error, averaged over outputs and reduced over examples.
+
+    Args:
+        model: predicts `(n, out)` from `batch.x`.
+        batch: float targets `(n, out)`.
+        reduction: `"mean"` or `"sum"` over the examples.
+
+    Raises:
+        ValueError: if predictions and targets differ in shape, which would broadcast silently.
+    """
+    predictions = model(batch.x)
+    if predictions.shape != batch.y.shape:
+        raise ValueError(
+            f"the model predicts shape {predictions.shape} for targets of shape {batch.y.shape}; "
+            "mse compares them element by element, so give both the same shape"
+        )
+    errors = jnp.square(predictions - batch.y)
+    return _reduce(jnp.mean(errors.reshape(len(errors), -1), axis=1), reduction, way=1)
+
+
+def cross_entropy(
+    model: Model, batch: Batch, *, reduction: Reduction = "mean"
+) -> Float[Array, ""]:
+    """Softmax cross-entropy `−log p(y | x)` of integer labels.
+
+    Args:
+        model: predicts logits `(n, way)` from `batch.x`.
+        batch: integer labels `(n,)` in `[0, way)`.
+        reduction: `"mean"` (default) or `"sum"` over the examples, or `"sum/shot"`: the sum over
+            `n` examples of `way` classes divided by the shots `n / way`, that is `way` times the
+            mean (MAML's code: the paper's step 0.4 on this loss is 2.0 on the mean for 5 ways).
+
+    Raises:
+        ValueError: if the labels are not integers, one for each prediction.
+    """
+    logits = model(batch.x)
+    if not jnp.issubdtype(batch.y.dtype, jnp.integer) or batch.y.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"cross_entropy wants integer labels of shape {logits.shape[:-1]}, and was given "
+            f"{batch.y.dtype} of shape {batch.y.shape}; use labels 0..way-1, not one-hot vectors"
+        )
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, batch.y)
+    return _reduce(each, reduction, way=logits.shape[-1])
+
+
+def _reduce(each: Float[Array, " n"], reduction: Reduction, way: int) -> Float[Array, ""]:
+    match reduction:
+        case "mean":
+            return jnp.mean(each)
+        case "sum":
+            return jnp.sum(each)
+        case "sum/shot":
+            return way * jnp.mean(each)
+    raise ValueError(f'reduction is "mean", "sum" or "sum/shot", not {reduction!r}')

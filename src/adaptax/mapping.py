@@ -1,0 +1,221 @@
+"""The one place where a learner, written for one task, is mapped over a meta-batch."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from .conv import FastPath, fast
+from .learner import Meta, MetaLearner
+from .task import Task
+
+Mapping = Literal["auto", "scan", "vmap"] | int
+"""How to map over tasks: one after another, all at once, or in chunks of n.
+
+`"scan"` needs the memory of one task whatever the size of the meta-batch, and keeps a task's
+activations in a CPU's cache; `"vmap"` fills an accelerator. `"auto"` is `"vmap"` on accelerators
+and for tasks whose intermediate results are small, else `"scan"`.
+"""
+
+_SMALL = 2**20  # bytes of intermediates a task below which a CPU prefers vmap
+
+
+def meta_value_and_grad(
+    learner: MetaLearner,
+    meta: Meta,
+    tasks: Task,
+    *,
+    key: PRNGKeyArray,
+    progress: float | Float[Array, ""] = 1.0,
+    mapping: Mapping = "auto",
+    mesh: Mesh | None = None,
+    fast_path: FastPath = "auto",
+) -> tuple[tuple[Float[Array, ""], dict[str, Array]], Meta]:
+    """`((value, metrics), grads)` of the meta-loss, averaged over a meta-batch of tasks.
+
+    The papers of MAML and BMAML write sums over tasks; their codes and we take means.
+
+    Args:
+        learner: any `MetaLearner`.
+        meta: its meta-parameters; gradients have their structure, `None` where not trained.
+        tasks: a `Task` whose arrays lead with the task axis.
+        key: split into one key for each task, whatever the mapping.
+        progress: how far meta-training is, in `[0, 1]`.
+        mapping: how to map over tasks; see `Mapping`. All give equal results, up to the order of
+            summation.
+        mesh: shard the task axis over these devices; it must divide the meta-batch.
+        fast_path: rewrite the model's convolutions; see `adaptax.conv.fast`.
+
+    Raises:
+        ValueError: if the tasks do not agree on the size of the meta-batch, or the mapping is not
+            known, or the devices do not divide the meta-batch.
+    """
+    arrays, rest = eqx.partition(tasks, eqx.is_array)
+    return meta_gradient(
+        with_fast_path(learner, fast_path), meta, arrays, lambda task: eqx.combine(task, rest),
+        key=key, count=_task_count(tasks), progress=progress, mapping=mapping, mesh=mesh,
+    )  # fmt: skip
+
+
+def meta_gradient(
+    learner: MetaLearner,
+    meta: Meta,
+    loaded: PyTree,
+    task: Callable[[PyTree], Task],
+    *,
+    key: PRNGKeyArray,
+    count: int,
+    progress: float | Array,
+    mapping: Mapping,
+    mesh: Mesh | None,
+) -> tuple[tuple[Float[Array, ""], dict[str, Array]], Meta]:
+    """`meta_value_and_grad` of tasks that are made where they are used, one by one.
+
+    Args:
+        learner: any.
+        meta: its meta-parameters.
+        loaded: what tasks are made of, leading with the task axis: keys, say.
+        task: makes one task.
+        key: as in `meta_value_and_grad`, as are the rest.
+        count: tasks in the meta-batch.
+        progress: in `[0, 1]`.
+        mapping: over tasks.
+        mesh: of devices.
+    """
+    trained, fixed = eqx.partition(meta, eqx.is_inexact_array)
+
+    def one(trained: PyTree, loaded: PyTree, key: PRNGKeyArray, progress: Any) -> Any:
+        def scalar(trained: PyTree) -> tuple[Array, dict[str, Array]]:
+            meta = eqx.combine(trained, fixed)
+            return learner.meta_loss(meta, task(loaded), key=key, progress=progress)
+
+        return jax.value_and_grad(scalar, has_aux=True)(trained)
+
+    def total(trained: PyTree, loaded: PyTree, keys: PRNGKeyArray, progress: Any) -> Any:
+        each = lambda loaded, key: one(trained, loaded, key, progress)  # noqa: E731
+        return sum_over(each, (loaded, keys), mapping)
+
+    keys = jax.random.split(key, count)
+    progress = jnp.asarray(progress, float)
+    if mesh is None or mesh.size == 1:
+        out = total(trained, loaded, keys, progress)
+    else:
+        if count % mesh.size:
+            raise ValueError(f"{mesh.size} devices do not divide a meta-batch of {count} tasks")
+        axes = mesh.axis_names
+        out = jax.shard_map(
+            lambda *args: jax.lax.psum(total(*args), axes),
+            mesh=mesh,
+            in_specs=(P(), P(axes), P(axes), P()),
+            out_specs=P(),
+            check_vma=False,
+        )(trained, loaded, keys, progress)
+    return jax.tree.map(lambda leaf: leaf / count, out)
+
+
+def sum_over(function: Callable[..., PyTree], xs: tuple[PyTree, ...], mapping: Mapping) -> PyTree:
+    """`Σ_i function(*xs[i])` over the leading axis of every array in `xs`.
+
+    Args:
+        function: pure; its results are summed leaf by leaf.
+        xs: arguments with a leading axis.
+        mapping: how; see `Mapping`. Memory does not grow with the axis unless it is `"vmap"`.
+    """
+    count = len(jax.tree.leaves(xs)[0])
+    size = chunk_size(mapping, count, function, xs)
+    if size >= count:
+        return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), jax.vmap(function)(*xs))
+    whole = count - count % size
+
+    def chunk(carry: PyTree, xs: tuple[PyTree, ...]) -> tuple[PyTree, None]:
+        if size == 1:
+            out = function(*jax.tree.map(lambda leaf: leaf[0], xs))
+        else:
+            out = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), jax.vmap(function)(*xs))
+        return jax.tree.map(jnp.add, carry, out), None
+
+    shapes = jax.eval_shape(function, *jax.tree.map(lambda leaf: leaf[0], xs))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    chunks = jax.tree.map(
+        lambda leaf: leaf[:whole].reshape(whole // size, size, *leaf.shape[1:]), xs
+    )
+    out, _ = jax.lax.scan(chunk, zeros, chunks)
+    if whole < count:
+        left = sum_over(function, jax.tree.map(lambda leaf: leaf[whole:], xs), "vmap")
+        out = jax.tree.map(jnp.add, out, left)
+    return out
+
+
+def chunk_size(mapping: Mapping, count: int, function: Callable[..., Any], xs: Any) -> int:
+    """How many tasks to map at once."""
+    if mapping == "auto":
+        accelerated = jax.default_backend() != "cpu"
+        mapping = "vmap" if accelerated or _intermediates(function, xs) < _SMALL else "scan"
+    if mapping == "scan":
+        return 1
+    if mapping == "vmap":
+        return count
+    if isinstance(mapping, int) and mapping >= 1:
+        return min(mapping, count)
+    raise ValueError(f'mapping is "auto", "scan", "vmap" or a positive integer, not {mapping!r}')
+
+
+def local_mesh(count: int, size: int | None = None) -> Mesh | None:
+    """A mesh of local devices to share `count` tasks, or `None` for one device.
+
+    Args:
+        count: tasks in a meta-batch.
+        size: number of devices; by default as many as divide `count`.
+    """
+    devices = jax.local_devices()
+    size = size or max(d for d in range(1, len(devices) + 1) if count % d == 0)
+    if size == 1:
+        return None
+    return Mesh(np.array(devices[:size]), ("tasks",), axis_types=(AxisType.Auto,))
+
+
+def with_fast_path(learner: MetaLearner, fast_path: FastPath) -> MetaLearner:
+    """The learner, its loss with fast convolutions."""
+    twin = copy.copy(learner)
+    # The loss may be a static field, out of reach of `eqx.tree_at`; the copy is ours to complete.
+    object.__setattr__(twin, "loss", fast(learner.loss, fast_path))
+    return twin
+
+
+def _task_count(tasks: Task) -> int:
+    counts = {leaf.shape[:1] for leaf in jax.tree.leaves(eqx.filter(tasks, eqx.is_array))}
+    if len(counts) != 1 or counts == {()}:
+        raise ValueError(
+            "a meta-batch is a Task whose arrays all lead with the same task axis, and these lead "
+            f"with {sorted(counts)}; sample it with jax.vmap(tasks.sample)(keys)"
+        )
+    return counts.pop()[0]
+
+
+def _intermediates(function: Callable[..., Any], xs: Any) -> int:
+    """Bytes of all intermediate results of one call: how much a task moves through memory."""
+    first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), xs)
+
+    def size(jaxpr: Any) -> int:
+        total = 0
+        for equation in jaxpr.eqns:
+            inner = [getattr(p, "jaxpr", p) for p in equation.params.values()]
+            inner = [p for p in inner if hasattr(p, "eqns")]
+            if inner:
+                total += sum(map(size, inner))
+            else:
+                shapes = (v.aval for v in equation.outvars if hasattr(v.aval, "shape"))
+                total += sum(math.prod(a.shape) * getattr(a.dtype, "itemsize", 4) for a in shapes)
+        return total
+
+    return size(jax.make_jaxpr(function)(*first).jaxpr)

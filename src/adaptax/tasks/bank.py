@@ -1,0 +1,182 @@
+"""From an array and lists of classes to three distributions of episodes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int, Shaped
+
+from adaptax.task import Splits, TaskDistribution
+from adaptax.tasks.episodes import Design, Details, Episodes, HostRows, Rotations, StreamedEpisodes
+from adaptax.tasks.sources import DataError
+
+MEMORY_BUDGET = 4 * 2**30
+"""Data sets beyond this many bytes stay on the host."""
+
+NAMES = ("train", "val", "test")
+
+Classes = Mapping[str, Int[np.ndarray, " rows"]]
+"""Rows of every class, by the name of the class."""
+
+
+def designs(
+    way: int,
+    shot: int,
+    query: int,
+    train_shot: int | None,
+    train_query: int | None,
+    rotations: tuple[Rotations, Rotations] = ("none", "none"),
+    **treatment: Any,
+) -> dict[str, Design]:
+    """The designs of the three splits; the train split may use other counts.
+
+    Args:
+        way: classes an episode.
+        shot: support examples a class.
+        query: query examples a class.
+        train_shot: support examples a class in meta-training; `None` for `shot`.
+        train_query: query examples a class in meta-training; `None` for `query`.
+        rotations: in meta-training, and in validation and test.
+        treatment: other fields of `Design`.
+
+    Raises:
+        DataError: if a count is not a number of things.
+    """
+    asked = {"way": way, "shot": shot, "query": query,
+             "train_shot": train_shot, "train_query": train_query}  # fmt: skip
+    for what, number in asked.items():
+        least = 0 if what.endswith("query") else 1
+        if number is not None and number < least:
+            raise DataError(f"{what}={number}; expected at least {least}")
+    train = Design(
+        way,
+        shot if train_shot is None else train_shot,
+        query if train_query is None else train_query,
+        rotations[0],
+        **treatment,
+    )
+    test = Design(way, shot, query, rotations[1], **treatment)
+    return {"train": train, "val": test, "test": test}
+
+
+def make_splits(
+    array: Shaped[np.ndarray, "n ..."],
+    splits: Mapping[str, Classes],
+    design: Mapping[str, Design],
+    *,
+    name: str,
+    details: Details = (),
+    memory_budget: int = MEMORY_BUDGET,
+    shared: Sequence[tuple[str, str]] = (),
+) -> Splits:
+    """Distributions of episodes over classes of one array.
+
+    Args:
+        array: all examples, `(n, ...)`; may be memory-mapped, and is then not read beyond need.
+        splits: for train, val and test, the rows of every class.
+        design: for each of them, what an episode is made of.
+        name: of the data set.
+        details: what else a report says of it.
+        memory_budget: in bytes; a larger data set is streamed from the host.
+        shared: pairs of splits that have classes in common on purpose.
+
+    Raises:
+        DataError: if a split is missing, splits share classes, a class is too small, there are
+            fewer classes than ways, or rotations are asked of examples that cannot be turned.
+    """
+    if set(splits) != set(NAMES):
+        raise DataError(
+            f"found the splits {', '.join(sorted(splits)) or 'none'}; expected train, val and test"
+        )
+    check_disjoint(splits, shared)
+    for split, classes in splits.items():
+        _check(array, split, classes, design[split])
+    rows = sum(len(r) for classes in splits.values() for r in classes.values())
+    streamed = rows * array[:1].nbytes > memory_budget
+    made: dict[str, TaskDistribution] = {}
+    for split, classes in splits.items():
+        index = np.concatenate(list(classes.values()))
+        count = np.array([len(r) for r in classes.values()], np.int32)
+        start = jnp.asarray(np.cumsum(count, dtype=np.int32) - count)
+        rest: dict[str, Any] = {
+            "start": start,
+            "count": jnp.asarray(count),
+            "design": design[split],
+            "split": split,
+            "name": name,
+            "classes": tuple(classes),
+            "details": details,
+        }
+        if streamed:
+            made[split] = StreamedEpisodes(bank=HostRows(array, index), **rest)
+        else:
+            made[split] = Episodes(bank=jnp.asarray(_take(array, index)), **rest)
+    return Splits(made["train"], made["val"], made["test"])
+
+
+def _take(array: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """`array[index]`, without a copy where the rows are consecutive."""
+    first = int(index[0])
+    consecutive = np.array_equal(index, np.arange(first, first + len(index)))
+    return array[first : first + len(index)] if consecutive else array[index]
+
+
+def check_disjoint(splits: Mapping[str, Classes], shared: Sequence[tuple[str, str]] = ()) -> None:
+    """Refuse splits that have classes in common.
+
+    Raises:
+        DataError: naming the classes.
+    """
+    for a, b in combinations([split for split in NAMES if split in splits], 2):
+        common = sorted(set(splits[a]) & set(splits[b]))
+        if common and (a, b) not in shared:
+            some = ", ".join(common[:5]) + (", ..." if len(common) > 5 else "")
+            raise DataError(
+                f"the {a} and {b} splits share {len(common)} classes ({some}); "
+                "every class must belong to one split"
+            )
+
+
+def split_by_fraction(
+    names: Sequence[str], fractions: Sequence[float], seed: int
+) -> dict[str, list[str]]:
+    """Classes split at random: sorted, shuffled by `random.Random(seed)`, cut in three.
+
+    Raises:
+        DataError: if the fractions are not three that sum to at most 1.
+    """
+    if len(fractions) != 3 or min(fractions) < 0 or sum(fractions) > 1 + 1e-6:
+        raise DataError(
+            f"splits={tuple(fractions)}; expected the fractions of the classes for train, val and "
+            "test, three numbers that sum to at most 1"
+        )
+    shuffled = sorted(names)
+    random.Random(seed).shuffle(shuffled)
+    ends = [round(sum(fractions[:i]) * len(shuffled)) for i in range(4)]
+    return {split: sorted(shuffled[a:b]) for split, a, b in zip(NAMES, ends, ends[1:])}
+
+
+def _check(array: np.ndarray, split: str, classes: Classes, design: Design) -> None:
+    need = design.shot + design.query
+    for name, rows in classes.items():
+        if len(rows) < need:
+            raise DataError(
+                f"class {name} of the {split} split has {len(rows)} examples, but shot + query = "
+                f"{design.shot} + {design.query} were asked; lower them or leave the class out"
+            )
+    times = 4 if design.rotations == "classes" else 1
+    if design.way > times * len(classes):
+        raise DataError(
+            f"way={design.way}, but the {split} split has {times * len(classes)} classes; "
+            "lower way or give the split more classes"
+        )
+    if design.rotations != "none" and (array.ndim != 4 or array.shape[1] != array.shape[2]):
+        raise DataError(
+            f"rotations={design.rotations!r} of examples of shape {array.shape[1:]}; "
+            "expected square images, (side, side, channels)"
+        )

@@ -1,0 +1,243 @@
+"""N-way k-shot episodes drawn from a bank of classes.
+
+W denotes the ways, K the shots, Q the queries a class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray, Shaped
+
+from adaptax.task import Batch, HostTaskDistribution, Task, TaskDistribution
+
+Rotations = Literal["none", "random", "classes"]
+"""`"classes"`: every quarter turn of a class is a class of its own. `"random"`: one random quarter
+turn for every class of an episode. `"none"`: images as they are."""
+
+Details = tuple[tuple[str, Hashable], ...]
+
+
+class Plan(NamedTuple):
+    """Which images make up an episode; leading axes, if any, run over episodes.
+
+    Args:
+        rows: rows of the bank, `(..., W, K+Q)`, distinct within a class; the first K are support.
+        turns: quarter turns of every class, `(..., W)`.
+    """
+
+    rows: Int32[Array, "*lead way each"]
+    turns: Int32[Array, "*lead way"]
+
+
+def distinct(key: PRNGKeyArray, m: int, count: int | Int[Array, ""]) -> Int32[Array, " m"]:
+    """`m` distinct integers of `range(count)`, every ordered choice equally likely.
+
+    The first `m` swaps of a Fisher-Yates shuffle, without the array that they would shuffle: swap
+    `i` exchanges places `i` and `s_i`, `s_i ~ U{i, ..., count-1}`, and what ends in place `i` is
+    found by following `s_i` back through the earlier swaps. Costs `m` random numbers and `m²`
+    comparisons whatever the `count`, which may be traced; sorting would cost `count·log(count)`.
+
+    Args:
+        key: fixes the choice.
+        m: how many; at most `count`, which cannot be checked when it is traced.
+        count: how many there are.
+    """
+    place = jnp.arange(m, dtype=jnp.int32)
+    # The remainder favours small numbers by count / 2^32 at most; `randint` would draw twice.
+    left = (jnp.int32(count) - place).astype(jnp.uint32)
+    swap = place + (jax.random.bits(key, (m,), jnp.uint32) % left).astype(jnp.int32)
+
+    def undo(k: Any, value: Array) -> Array:
+        return jnp.where((value == swap[k]) & (k < place), jnp.int32(k), value)
+
+    if m <= 32:  # one fused kernel; beyond, compile time would grow with m
+        value = swap
+        for k in reversed(range(m)):
+            value = undo(k, value)
+        return value
+    return jax.lax.fori_loop(0, m, lambda i, value: undo(m - 1 - i, value), swap)
+
+
+def rotate(
+    images: Shaped[Array, "*lead way each side side channels"], turns: Int[Array, "*lead way"]
+) -> Shaped[Array, "*lead way each side side channels"]:
+    """Turn the images of every class by `turns` quarter turns, as `numpy.rot90` does."""
+    k = turns[..., None, None, None, None]
+    images = jnp.where(k % 2 == 1, jnp.swapaxes(images, -3, -2), images)
+    images = jnp.where((k == 1) | (k == 2), jnp.flip(images, -3), images)
+    return jnp.where((k == 2) | (k == 3), jnp.flip(images, -2), images)
+
+
+@dataclass(frozen=True)
+class Design:
+    """What an episode is made of, and how bytes become inputs.
+
+    Args:
+        way: classes an episode, W.
+        shot: support examples a class, K.
+        query: query examples a class, Q; may be 0.
+        rotations: see `Rotations`.
+        invert: turn bytes b into 255 − b, so that ink on paper becomes 1 on 0.
+        mean: subtracted from inputs in [0, 1], one number a channel.
+        std: divides them after that.
+    """
+
+    way: int
+    shot: int
+    query: int
+    rotations: Rotations = "none"
+    invert: bool = False
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def plan(self, key: PRNGKeyArray, start: Int32[Array, " c"], count: Int32[Array, " c"]) -> Plan:
+        """The episode that this key names: W classes in random order, K+Q rows of each."""
+        for_classes, for_rows, for_turns = jax.random.split(key, 3)
+        classes = len(start)
+        if self.rotations == "classes":
+            chosen = distinct(for_classes, self.way, 4 * classes)
+            chosen, turns = chosen % classes, chosen // classes
+        else:
+            chosen = distinct(for_classes, self.way, classes)
+            turns = jnp.zeros(self.way, jnp.int32)
+        if self.rotations == "random":
+            turns = (jax.random.bits(for_turns, (self.way,), jnp.uint32) % 4).astype(jnp.int32)
+        draw = jax.vmap(lambda key, count: distinct(key, self.shot + self.query, count))
+        rows = draw(jax.random.split(for_rows, self.way), count[chosen])
+        return Plan(start[chosen][:, None] + rows, turns)
+
+    def task(self, images: Shaped[Array, ...], turns: Int[Array, "*lead way"]) -> Task:
+        """Planned images as a task, rows ordered class by class, labels 0, ..., W−1."""
+        if self.rotations != "none":
+            images = rotate(images, turns)
+        inputs, axis = self.inputs(images), turns.ndim
+        support = jax.lax.slice_in_dim(inputs, 0, self.shot, axis=axis)
+        query = jax.lax.slice_in_dim(inputs, self.shot, self.shot + self.query, axis=axis)
+        return Task(self._batch(support, axis), self._batch(query, axis))
+
+    def inputs(self, images: Shaped[Array, "*any"]) -> Float[Array, "*any"]:
+        """Bytes as floats in [0, 1], normalised if asked; floats as they are."""
+        if images.dtype != jnp.uint8:
+            return images.astype(float)
+        # Inverted as bytes, scaled by one multiplication: the same bits compiled or not.
+        images = 255 - images if self.invert else images
+        inputs = images.astype(float) * (1 / 255)
+        if self.mean is not None and self.std is not None:
+            inputs = (inputs - jnp.array(self.mean)) / jnp.array(self.std)
+        return inputs
+
+    def _batch(self, inputs: Array, axis: int) -> Batch:
+        lead, each = inputs.shape[: axis - 1], inputs.shape[axis]
+        labels = jnp.repeat(jnp.arange(self.way, dtype=jnp.int32), each)
+        shape = (*lead, self.way * each)
+        return Batch(
+            inputs.reshape(shape + inputs.shape[axis + 1 :]), jnp.broadcast_to(labels, shape)
+        )
+
+
+class Episodes(TaskDistribution):
+    """Episodes of a bank that lies on the device, drawn without leaving it.
+
+    Args:
+        bank: all images (or feature vectors) of the split, `(rows, ...)`, class by class.
+        start: first row of every class, `(classes,)`.
+        count: rows of every class, `(classes,)`.
+        design: ways, shots, queries and treatment of images.
+        split: `"train"`, `"val"` or `"test"`.
+        name: of the data set.
+        classes: names of the classes.
+        details: what else a report says of the data, as pairs.
+    """
+
+    bank: Shaped[Array, "rows ..."]
+    start: Int32[Array, " c"]
+    count: Int32[Array, " c"]
+    design: Design = eqx.field(static=True)
+    split: str = eqx.field(static=True)
+    name: str = eqx.field(static=True)
+    classes: tuple[str, ...] = eqx.field(static=True)
+    details: Details = eqx.field(static=True, default=())
+
+    def plan(self, key: PRNGKeyArray) -> Plan:
+        """Which rows make up the episode that this key names."""
+        return self.design.plan(key, self.start, self.count)
+
+    def sample(self, key: PRNGKeyArray) -> Task:
+        """The episode that this key names: x `(W·K, ...)` and `(W·Q, ...)`, y int32 in [0, W)."""
+        plan = self.plan(key)
+        return self.design.task(self.bank[plan.rows], plan.turns)
+
+    def describe(self) -> dict[str, Any]:
+        """Name, ways, shots, queries, split, number of classes and details of the data."""
+        return _describe(self)
+
+
+@dataclass(frozen=True, eq=False)
+class HostRows:
+    """Rows of an array on the host, possibly memory-mapped; compared by identity.
+
+    Args:
+        array: `(n, ...)`; never touched but for the rows that are fetched.
+        index: which rows of it make up the bank, class by class.
+    """
+
+    array: Shaped[np.ndarray, "n ..."]
+    index: Int[np.ndarray, " rows"]
+
+
+class StreamedEpisodes(HostTaskDistribution):
+    """Episodes of a bank too large for the device: planned there, fetched from the host.
+
+    Names the same episodes as `Episodes` does for the same key. Images cross to the device as
+    bytes and are treated there. Arguments as for `Episodes`, but for `bank`, which is on the host.
+    """
+
+    bank: HostRows = eqx.field(static=True)
+    start: Int32[Array, " c"]
+    count: Int32[Array, " c"]
+    design: Design = eqx.field(static=True)
+    split: str = eqx.field(static=True)
+    name: str = eqx.field(static=True)
+    classes: tuple[str, ...] = eqx.field(static=True)
+    details: Details = eqx.field(static=True, default=())
+
+    def plan(self, key: PRNGKeyArray) -> Plan:
+        """Pure and traceable: which rows make up the episode that this key names."""
+        return self.design.plan(key, self.start, self.count)
+
+    def fetch(self, plan: Plan) -> Task:
+        """On the host: gather planned episodes, `(..., W·K, ...)` for leading axes `...`."""
+        rows = self.bank.index[np.asarray(plan.rows)]
+        return _assemble(self.design, self.bank.array[rows], plan.turns)
+
+    def describe(self) -> dict[str, Any]:
+        """Name, ways, shots, queries, split, number of classes and details of the data."""
+        return _describe(self)
+
+
+@partial(jax.jit, static_argnums=0)
+def _assemble(design: Design, images: Array, turns: Array) -> Task:
+    return design.task(images, turns)
+
+
+def _describe(tasks: Episodes | StreamedEpisodes) -> dict[str, Any]:
+    design = tasks.design
+    times = 4 if design.rotations == "classes" else 1
+    return {
+        "tasks": tasks.name,
+        "split": tasks.split,
+        "way": design.way,
+        "shot": design.shot,
+        "query": design.query,
+        "classes": times * len(tasks.classes),
+        "rotations": design.rotations,
+        **dict(tasks.details),
+    }

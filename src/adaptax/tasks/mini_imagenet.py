@@ -1,0 +1,126 @@
+"""miniImageNet: 100 classes of 600 images (Vinyals et al. 2016, Ravi & Larochelle 2017)."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adaptax.task import Splits
+from adaptax.tasks import bank, images, sources
+from adaptax.tasks.bank import MEMORY_BUDGET
+from adaptax.tasks.cache import cached
+from adaptax.tasks.sources import DataError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def mini_imagenet(
+    way: int = 5,
+    shot: int = 1,
+    query: int = 15,
+    *,
+    train_shot: int | None = None,
+    train_query: int | None = None,
+    data_root: str | os.PathLike | None = None,
+    image_size: int = 84,
+    resample: str = "lanczos",
+    normalise: bool = False,
+    memory_budget: int = MEMORY_BUDGET,
+) -> Splits:
+    """miniImageNet episodes, x `(n, 84, 84, 3)` in [0, 1], classes 64 / 16 / 20.
+
+    The split is Ravi & Larochelle's, read from their `train.csv`, `val.csv` and `test.csv`
+    (`filename,label`); the MAML paper prints 64/12/24, but its code uses these. Nobody may
+    redistribute the images, so they are never downloaded.
+
+    Args:
+        way: classes an episode.
+        shot: support images a class.
+        query: query images a class.
+        train_shot: support images a class in meta-training, if not `shot`.
+        train_query: query images a class in meta-training, if not `query`.
+        data_root: folder with `mini_imagenet/images.zip` (or a folder `images`) and the three
+            csv files beside it, or that folder itself; default `ADAPTAX_DATA`.
+        image_size: side in pixels; images that have it already are not resized.
+        resample: filter where they do not: MAML uses Lanczos, Reptile Pillow's default, which
+            was `"nearest"` in its day and is `"bicubic"` now.
+        normalise: subtract ImageNet's mean and divide by its standard deviation, as MAML++.
+        memory_budget: in bytes; a larger data set is streamed from the host.
+
+    Raises:
+        FileNotFoundError: if the images or the csv files are nowhere.
+        DataError: if files are broken or the counts do not fit.
+    """
+    stats: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if normalise else {}
+    design = bank.designs(way, shot, query, train_shot, train_query, **stats)
+    images.check_format(image_size, 3, resample)
+    where, table = _find(sources.data_root(data_root))
+    listed = {split: read_csv(table / f"{split}.csv") for split in bank.NAMES}
+    with sources.open_files(where) as files:
+        by_base = {name.rsplit("/", 1)[-1]: name for name in files.names}
+        wanted = [name for rows in listed.values() for name, _ in rows]
+        missing = [name for name in wanted if name not in by_base]
+        if missing:
+            raise DataError(
+                f"{where} lacks {len(missing)} of the {len(wanted)} images listed beside it, "
+                f"first {missing[0]}; complete it or shorten the csv files"
+            )
+        names = [by_base[name] for name in wanted]
+        array = cached(
+            "mini_imagenet",
+            [files.fingerprint, names, resample],
+            (len(names), image_size, image_size, 3),
+            lambda out: images.decode_into(out, files, names, resample=resample),
+        )
+    splits: dict[str, dict[str, np.ndarray]] = {}
+    first = 0
+    for split, rows in listed.items():
+        classes: dict[str, list[int]] = {}
+        for row, (_, label) in enumerate(rows, first):
+            classes.setdefault(label, []).append(row)
+        splits[split] = {label: np.array(of) for label, of in sorted(classes.items())}
+        first += len(rows)
+    return bank.make_splits(
+        array,
+        splits,
+        design,
+        name="mini_imagenet",
+        details=(
+            ("image_size", image_size),
+            ("resample", resample),
+            ("normalise", normalise),
+        ),
+        memory_budget=memory_budget,
+    )
+
+
+def read_csv(path: Path) -> list[tuple[str, str]]:
+    """File names and labels of a split.
+
+    Raises:
+        DataError: if the columns `filename` and `label` are not there.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader) if {"filename", "label"} <= set(reader.fieldnames or ()) else []
+    if not rows:
+        raise DataError(f"{path} has no rows of filename,label; expected Ravi & Larochelle's file")
+    return [(row["filename"], row["label"]) for row in rows]
+
+
+def _find(root: Path) -> tuple[Path, Path]:
+    """The images, and the folder of the csv files."""
+    for table in (root / "mini_imagenet", root / "miniImagenet", root):
+        found = sources.first_existing([table / "images.zip", table / "images"])
+        if found is not None and all((table / f"{split}.csv").is_file() for split in bank.NAMES):
+            return found, table
+    raise FileNotFoundError(
+        f"no miniImageNet under {root}: expected mini_imagenet/images.zip (or a folder images) "
+        "with train.csv, val.csv and test.csv of Ravi & Larochelle beside it; it cannot be "
+        "downloaded freely, so obtain it and name its folder by data_root or ADAPTAX_DATA"
+    )

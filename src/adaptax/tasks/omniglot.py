@@ -1,0 +1,176 @@
+"""Omniglot: 1623 handwritten characters, 20 drawings each (Lake et al. 2015)."""
+
+from __future__ import annotations
+
+import os
+import random
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pooch
+
+from adaptax.task import Splits
+from adaptax.tasks import bank, images, sources
+from adaptax.tasks.bank import MEMORY_BUDGET
+from adaptax.tasks.cache import cached
+from adaptax.tasks.episodes import Rotations
+
+URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/"
+MD5 = {
+    "images_background": "68d2efa1b9178cc56df9314c21c6e718",
+    "images_evaluation": "6b91aef0f799c5bb55b94e3f2daec811",
+}
+
+SIZES = {"maml": (1100, 100, 423), "reptile": (1200, 0, 423), "maml++": (1150, 50, 423)}
+ROTATIONS: dict[str, tuple[Rotations, Rotations]] = {
+    "maml": ("classes", "random"),
+    "reptile": ("classes", "none"),
+    "maml++": ("random", "none"),
+}
+
+
+def omniglot(
+    way: int = 5,
+    shot: int = 1,
+    query: int = 15,
+    *,
+    train_shot: int | None = None,
+    train_query: int | None = None,
+    protocol: str = "maml",
+    data_root: str | os.PathLike | None = None,
+    image_size: int = 28,
+    resample: str | None = None,
+    seed: int = 1,
+    memory_budget: int = MEMORY_BUDGET,
+) -> Splits:
+    """Omniglot episodes, x `(n, 28, 28, 1)` in [0, 1].
+
+    The characters of both archives are pooled and split at random, as the papers do:
+
+    | protocol | characters train / val / test | rotations train; val and test | resampling | ink |
+    |---|---|---|---|---|
+    | `"maml"` | 1100 / 100 / 423 | as classes; one random turn a class | Lanczos | 1 |
+    | `"reptile"` | 1200 / – / 423 | as classes; none | nearest | 0 |
+    | `"maml++"` | 1150 / 50 / 423 | one random turn a class; none | Lanczos | 0 |
+
+    Reptile has no validation characters and was tuned on the training ones, so its `.val` draws
+    from the characters of `.train`, unrotated. The released codes shuffle the order in which the
+    file system lists the folders; here the sorted names are shuffled by `random.Random(seed)`, so
+    the split has the papers' sizes and is the same on every machine, but is not character for
+    character the one of any paper.
+
+    Args:
+        way: characters an episode.
+        shot: support drawings a character.
+        query: query drawings a character.
+        train_shot: support drawings in meta-training, if not `shot`.
+        train_query: query drawings in meta-training, if not `query`.
+        protocol: whose split, rotations and treatment of images.
+        data_root: folder with `omniglot/images_background.zip` and `images_evaluation.zip` (or
+            the zips, or folders of these names, in itself); default `ADAPTAX_DATA`, else the
+            user's cache folder. Archives that are absent are downloaded there.
+        image_size: side in pixels.
+        resample: filter, if not the protocol's: nearest, bilinear, bicubic or lanczos.
+        seed: of the split.
+        memory_budget: in bytes; a larger bank is streamed from the host.
+
+    Raises:
+        DataError: if an archive is broken or cannot be downloaded, or the counts do not fit.
+        FileNotFoundError: if `data_root` does not exist.
+    """
+    if protocol not in SIZES:
+        raise sources.DataError(f"protocol={protocol!r}; expected one of {', '.join(SIZES)}")
+    design = bank.designs(
+        way, shot, query, train_shot, train_query, ROTATIONS[protocol], invert=protocol == "maml"
+    )
+    resample = resample or ("nearest" if protocol == "reptile" else "lanczos")
+    images.check_format(image_size, 1, resample)
+    array, characters = load(sources.data_root(data_root), image_size, resample)
+    splits = _split(sorted(characters), SIZES[protocol], seed)
+    if protocol == "reptile":
+        splits["val"] = splits["train"]
+    return bank.make_splits(
+        array,
+        {split: {name: characters[name] for name in names} for split, names in splits.items()},
+        design,
+        name="omniglot",
+        details=(
+            ("protocol", protocol),
+            ("image_size", image_size),
+            ("resample", resample),
+            ("split_seed", seed),
+        ),
+        memory_budget=memory_budget,
+        shared=[("train", "val")] if protocol == "reptile" else (),
+    )
+
+
+def load(
+    root: Path, image_size: int = 28, resample: str = "lanczos"
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """All drawings, `(32460, image_size, image_size, 1)` bytes, and the rows of every character.
+
+    Bytes are as in the files: paper is 255, ink is 0. Characters are named
+    `"Alphabet/characterNN"`.
+
+    Raises:
+        DataError: if an archive is broken, empty or cannot be downloaded.
+    """
+    with ExitStack() as stack:
+        parts = [stack.enter_context(sources.open_files(_find(root, part))) for part in MD5]
+        drawings = [
+            (files, name, "/".join(name.split("/")[-3:-1]))
+            for files in parts
+            for name in files.names
+            if images.is_image(name)
+        ]
+        characters: dict[str, list[int]] = {}
+        for row, (_, _, character) in enumerate(drawings):
+            characters.setdefault(character, []).append(row)
+        for files in parts:
+            if not any(images.is_image(name) for name in files.names):
+                raise sources.DataError(
+                    f"{files.where} holds no images; expected "
+                    "<Alphabet>/characterNN/NNNN_DD.png inside; fetch it again"
+                )
+
+        def fill(out: np.ndarray) -> None:
+            first = 0
+            for files in parts:
+                names = [name for of, name, _ in drawings if of is files]
+                images.decode_into(out[first : first + len(names)], files, names, resample=resample)
+                first += len(names)
+
+        key = [*(files.fingerprint for files in parts), resample]
+        array = cached("omniglot", key, (len(drawings), image_size, image_size, 1), fill)
+    return array, {name: np.array(rows) for name, rows in characters.items()}
+
+
+def _find(root: Path, part: str) -> Path:
+    """The archive or extracted folder of a part, downloaded if it is nowhere."""
+    folder = root / "omniglot"
+    names = (f"{part}.zip", part)
+    found = sources.first_existing([at / name for at in (folder, root) for name in names])
+    if found is not None:
+        return found
+    try:
+        return Path(
+            pooch.retrieve(
+                f"{URL}{part}.zip", known_hash=f"md5:{MD5[part]}", fname=f"{part}.zip", path=folder
+            )
+        )
+    except (OSError, ValueError) as error:
+        raise sources.DataError(
+            f"Omniglot is not under {root} and cannot be downloaded "
+            f"({type(error).__name__}): fetch {URL}{part}.zip and put it at "
+            f"{folder / part}.zip, or point data_root or ADAPTAX_DATA at a folder that has it"
+        ) from error
+
+
+def _split(names: list[str], sizes: tuple[int, int, int], seed: int) -> dict[str, list[str]]:
+    """Shuffle and cut; a part of the data set is cut in the same proportions."""
+    shuffled = sorted(names)
+    random.Random(seed).shuffle(shuffled)
+    ends = [round(len(names) * sum(sizes[:i]) / sum(sizes)) for i in range(4)]
+    return {split: sorted(shuffled[a:b]) for split, a, b in zip(bank.NAMES, ends, ends[1:])}

@@ -1,0 +1,358 @@
+"""Meta-training: many meta-steps in one compiled program, resumable to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from . import feed, tree
+from .conv import FastPath
+from .evaluate import Evaluator
+from .learner import Meta, MetaLearner
+from .mapping import Mapping, chunk_size, local_mesh, meta_gradient, with_fast_path
+from .run import Run
+from .task import Model, TaskDistribution
+
+
+class TrainingDiverged(FloatingPointError):
+    """A meta-step gave a loss or a gradient that is not finite.
+
+    Args:
+        message: what happened and what to do.
+        result: the outcome up to the last good step.
+    """
+
+    def __init__(self, message: str, result: Result):
+        super().__init__(message)
+        self.result = result
+
+
+class State(eqx.Module):
+    """Everything that training depends on, besides its arguments: what a checkpoint holds."""
+
+    step: Array
+    meta: PyTree
+    opt_state: PyTree
+    best: PyTree
+    best_score: Array
+    best_step: Array
+    stale: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The outcome of `fit`.
+
+    Args:
+        meta: the best meta-parameters by validation, or the last ones without validation.
+        last: the meta-parameters after the last step.
+        step: meta-steps done.
+        best_step: the step that `meta` is from.
+        best_score: its validation score, `None` without validation.
+        history: a record for every chunk of steps: step, loss, seconds, and validation scores.
+        stopped: why training ended: `"done"`, `"early"` or `"interrupted"`.
+    """
+
+    meta: Meta
+    last: Meta
+    step: int
+    best_step: int
+    best_score: float | None
+    history: list[dict[str, Any]]
+    stopped: str
+
+
+def fit(
+    learner: MetaLearner,
+    model: Model,
+    tasks: TaskDistribution,
+    *,
+    steps: int,
+    key: PRNGKeyArray,
+    meta_batch: int = 16,
+    optimizer: optax.GradientTransformation | None = None,
+    validate: TaskDistribution | None = None,
+    validate_every: int | None = None,
+    validation: dict[str, Any] | None = None,
+    patience: int | None = None,
+    run: Run | str | None = None,
+    resume: bool = False,
+    chunk: int | None = None,
+    mapping: Mapping = "auto",
+    devices: int | None = None,
+    fast_path: FastPath = "auto",
+    watch: Callable[[dict[str, Any]], None] | None = None,
+) -> Result:
+    """Meta-train a model: sample tasks, differentiate the meta-loss, step; `steps` times.
+
+    Chunks of steps run in one compiled `scan`, tasks sampled inside it. Between chunks the host
+    logs, validates and writes checkpoints. The state of training is a step counter, the
+    meta-parameters and the optimizer's state, so a resumed run equals an uninterrupted one bit by
+    bit. Ctrl-C ends it after the current chunk, with the state saved.
+
+    Args:
+        learner: any `MetaLearner`.
+        model: where to start: any callable pytree.
+        tasks: the meta-training distribution.
+        steps: number of meta-steps; the schedules of learner and optimizer span them.
+        key: all the randomness there is.
+        meta_batch: tasks a meta-step.
+        optimizer: of the outer loop; the learner's own, as in its paper, if `None`.
+        validate: distribution to select the best meta-parameters on; never the test split.
+        validate_every: meta-steps between validations; a tenth of `steps` if `None`.
+        validation: arguments of `evaluate` for it; 200 episodes unless told otherwise.
+        patience: stop after so many validations without improvement.
+        run: folder for checkpoints, metrics and TensorBoard events.
+        resume: continue the run in that folder.
+        chunk: meta-steps in one compiled program; by default 500 of light tasks or 20 of heavy.
+        mapping: how to map over tasks; see `adaptax.mapping.Mapping`.
+        devices: local devices to share the meta-batch, a divisor of it; by default as many as
+            divide it for heavy tasks, and one for light ones.
+        fast_path: see `adaptax.conv.fast`.
+        watch: called with each new record of `history`.
+
+    Raises:
+        ValueError: for arguments that make no sense, a test split in `validate`, or a run that
+            cannot be resumed with them.
+        TrainingDiverged: when a loss or gradient is not finite. Its `result` holds the last good
+            state, which the run folder keeps too.
+    """
+    if steps < 1 or meta_batch < 1:
+        raise ValueError(f"steps and meta_batch are at least 1, not {steps} and {meta_batch}")
+    if validate is not None and validate.split == "test":
+        raise ValueError(
+            "validate= was given the test split, and a model selected on it has no honest test "
+            "score; give it tasks.val"
+        )
+    if resume and run is None:
+        raise ValueError("resume=True wants run=, the folder of the run to continue")
+    run = Run(run) if isinstance(run, str) else run
+    optimizer = optimizer or learner.optimizer(steps)
+    task_key, learner_key, init_key, validation_key = jax.random.split(key, 4)
+    meta = learner.init(model, key=init_key)
+    trained, fixed = eqx.partition(meta, eqx.is_inexact_array)
+    # Copies: the compiled program reuses the memory of its arguments, and the caller's stay.
+    state = State(
+        jnp.zeros((), jnp.int32),
+        trained,
+        optimizer.init(trained),
+        trained,
+        jnp.array(-jnp.inf),
+        jnp.zeros((), jnp.int32),
+        jnp.zeros((), jnp.int32),
+    )
+    state = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
+    fast_learner = with_fast_path(learner, fast_path)
+    heavy = _is_heavy(fast_learner, meta, tasks, task_key)
+    chunk = chunk or (20 if heavy else 500)
+    validate_every = math.ceil((validate_every or max(steps // 10, 1)) / chunk) * chunk
+    mesh = _mesh(devices, meta_batch, heavy)
+    plan = {"steps": steps, "meta_batch": meta_batch, "chunk": chunk,
+            "key": np.asarray(jax.random.key_data(key)).tolist(),
+            "validate_every": validate_every}  # fmt: skip
+    history: list[dict[str, Any]] = []
+    if run is not None:
+        state, history = run.begin(state, plan, resume)
+    if mesh is not None:
+        state = jax.device_put(state, NamedSharding(mesh, P()))
+    judge = None
+    if validate is not None:
+        how = {"episodes": 200, "fast_path": fast_path, **(validation or {})}
+        judge = Evaluator(learner, validate, **how)
+    program = _program(fast_learner, optimizer, fixed, meta_batch, steps, mapping, mesh)
+
+    def outcome(stopped: str) -> Result:
+        score = None if validate is None else float(state.best_score)
+        best = state.meta if validate is None else state.best
+        best_step = int(state.step if validate is None else state.best_step)
+        return Result(eqx.combine(best, fixed), eqx.combine(state.meta, fixed), int(state.step),
+                      best_step, score, history, stopped)  # fmt: skip
+
+    def bounds() -> Iterator[tuple[int, int]]:
+        start = int(state.step)
+        while start < steps:
+            # Ends at multiples of the chunk, so that a resumed run makes the same calls.
+            end = min(start - start % chunk + chunk, steps)
+            yield start, end
+            start = end
+
+    def job(start: int, end: int) -> tuple[int, int, PyTree]:
+        episodes = np.arange(start * meta_batch, end * meta_batch).reshape(-1, meta_batch)
+        return start, end, feed.load(tasks, task_key, jnp.asarray(episodes, jnp.uint32))
+
+    jobs = (lambda b=b: job(*b) for b in list(bounds()))
+    stopped = "done"
+    with _interruptible() as interrupted:
+        for _, end, loaded in feed.prefetch(tasks, jobs):
+            began = time.perf_counter()
+            state_arrays, good, logs = program(
+                (tasks, loaded, learner_key), (state.step, state.meta, state.opt_state)
+            )
+            step, trained, opt_state = state_arrays
+            state = dataclasses.replace(state, step=step, meta=trained, opt_state=opt_state)
+            logs = jax.tree.map(lambda leaf: np.asarray(leaf, float), logs)
+            diverged = not bool(good)
+            count = max(int(np.isfinite(logs["loss"]).sum()), 1)
+            record: dict[str, Any] = {
+                "step": int(state.step),
+                "seconds": time.perf_counter() - began,
+                **{name: float(np.nanmean(values[:count])) for name, values in logs.items()},
+            }
+            due = end % validate_every == 0 or end == steps
+            if judge is not None and due and not diverged:
+                report = judge(eqx.combine(state.meta, fixed), key=validation_key)
+                name = report.primary
+                record["validation"] = {name: report.mean(name), f"{name}_ci95": report.ci95(name)}
+                state = _select(state, report.score)
+            history.append(record)
+            if run is not None:
+                run.log(record)
+                run.checkpoint(state, plan)
+            if watch is not None:
+                watch(record)
+            if diverged:
+                raise TrainingDiverged(
+                    f"the loss or its gradient was not finite at meta-step {int(state.step) + 1}; "
+                    "the state before it is kept. Lower the inner or outer step size, clip the "
+                    "gradient (optax.clip), or look for NaN in the data",
+                    outcome("diverged"),
+                )
+            if patience is not None and int(state.stale) >= patience:
+                stopped = "early"
+                break
+            if interrupted() and end < steps:
+                stopped = "interrupted"
+                break
+    return outcome(stopped)
+
+
+def _program(
+    learner: MetaLearner,
+    optimizer: optax.GradientTransformation,
+    fixed: PyTree,
+    meta_batch: int,
+    steps: int,
+    mapping: Mapping,
+    mesh: Mesh | None,
+) -> Callable[..., Any]:
+    """A chunk of meta-steps as one compiled program.
+
+    A step that is not finite does not change the state, and neither do those after it: the
+    program ends with the last good state.
+    """
+
+    def meta_step(
+        tasks: TaskDistribution, key: PRNGKeyArray, carry: PyTree, loaded: PyTree
+    ) -> tuple[PyTree, dict[str, Array]]:
+        (step, trained, opt_state), good = carry
+        (loss, metrics), grads = meta_gradient(
+            learner,
+            eqx.combine(trained, fixed),
+            loaded,
+            lambda one: feed.task(tasks, one),
+            key=jax.random.fold_in(key, step),
+            count=meta_batch,
+            progress=step / steps,
+            mapping=mapping,
+            mesh=mesh,
+        )
+        updates, new_opt_state = optimizer.update(grads, opt_state, trained)
+        new = (step + 1, optax.apply_updates(trained, updates), new_opt_state)
+        good = good & jnp.isfinite(loss) & tree.finite(grads)
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), new, (step, trained, opt_state)
+        )
+        return (kept, good), {"loss": loss, "gradient_norm": optax.global_norm(grads), **metrics}
+
+    @eqx.filter_jit(donate="all-except-first")
+    def program(
+        given: tuple[TaskDistribution, PyTree, PRNGKeyArray], state: PyTree
+    ) -> tuple[PyTree, Array, dict[str, Array]]:
+        tasks, loaded, key = given
+        (state, good), logs = jax.lax.scan(
+            lambda carry, loaded: meta_step(tasks, key, carry, loaded),
+            (state, jnp.array(True)),
+            loaded,
+        )
+        return state, good, logs
+
+    return program
+
+
+def _select(state: State, score: float) -> State:
+    """Keep the current meta-parameters if they are the best so far."""
+    if score <= float(state.best_score):
+        return dataclasses.replace(state, stale=state.stale + 1)
+    return dataclasses.replace(
+        state,
+        # Copied, since the next chunk reuses the memory of `meta`.
+        best=jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state.meta),
+        best_score=jnp.array(score, state.best_score.dtype),
+        best_step=jnp.array(state.step, copy=True),
+        stale=jnp.zeros((), jnp.int32),
+    )
+
+
+def _is_heavy(
+    learner: MetaLearner, meta: Meta, tasks: TaskDistribution, key: PRNGKeyArray
+) -> bool:
+    """Whether one task is enough work to be worth a loop iteration or a device of its own."""
+    if jax.default_backend() != "cpu":
+        return True
+    loaded = feed.load(tasks, key, jnp.zeros(1, jnp.uint32))
+    trained, fixed = eqx.partition(meta, eqx.is_inexact_array)
+
+    def one(loaded: PyTree, trained: PyTree) -> Any:
+        loss = lambda t: learner.meta_loss(  # noqa: E731
+            eqx.combine(t, fixed), feed.task(tasks, loaded), key=key, progress=jnp.array(0.0)
+        )
+        return jax.value_and_grad(loss, has_aux=True)(trained)
+
+    tiled = jax.tree.map(lambda leaf: leaf[None], trained)
+    return chunk_size("auto", 2, one, (loaded, tiled)) == 1
+
+
+def _mesh(devices: int | None, meta_batch: int, heavy: bool) -> Mesh | None:
+    if devices is None:
+        return local_mesh(meta_batch) if heavy else None
+    if devices < 1 or devices > jax.local_device_count() or meta_batch % devices:
+        raise ValueError(
+            f"devices={devices} should be at most the {jax.local_device_count()} local devices "
+            f"and divide the meta-batch of {meta_batch}"
+        )
+    return local_mesh(meta_batch, devices)
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Turns the first Ctrl-C into a flag; the second one interrupts as ever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    pressed = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+
+    def handle(number: int, frame: Any) -> None:
+        pressed.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
