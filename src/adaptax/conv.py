@@ -168,10 +168,9 @@ def _convolves(jaxpr: Any) -> bool:
 
 def _plain(params: dict[str, Any]) -> bool:
     """No groups and no dilation of either side; real floating point."""
-    return (
-        params["feature_group_count"] == params["batch_group_count"] == 1
-        and set(params["lhs_dilation"]) | set(params["rhs_dilation"]) <= {1}
-    )
+    return params["feature_group_count"] == params["batch_group_count"] == 1 and set(
+        params["lhs_dilation"]
+    ) | set(params["rhs_dilation"]) <= {1}
 
 
 def _matmul_form(x: Array, kernel: Array, params: dict[str, Any], dtype: np.dtype) -> Array:

@@ -182,7 +182,11 @@ class Evaluator:
             raise ValueError(f"noise is a positive standard deviation, not {noise}")
         if steps is not None and steps < 0:
             raise ValueError(f"steps is 0 or more, not {steps}")
-        self.learner, self.tasks, self.episodes = with_fast_path(learner, fast_path), tasks, episodes
+        self.learner, self.tasks, self.episodes = (
+            with_fast_path(learner, fast_path),
+            tasks,
+            episodes,
+        )
         self.steps, self.at, self.transductive, self.noise = steps, at, transductive, noise
         self.mapping, self.fast_path, self.watch = mapping, fast_path, watch
         self._facts: dict[str, Any] = {}
@@ -268,7 +272,7 @@ def predict(
     *,
     transductive: bool,
     fast_path: FastPath = "auto",
-) -> Float[Array, "..."]:
+) -> Float[Array, ...]:
     """Predictions for queries, together or one by one.
 
     Args:

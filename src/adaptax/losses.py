@@ -43,9 +43,7 @@ def mse(model: Model, batch: Batch, *, reduction: Reduction = "mean") -> Float[A
     return _reduce(jnp.mean(errors.reshape(len(errors), -1), axis=1), reduction, way=1)
 
 
-def cross_entropy(
-    model: Model, batch: Batch, *, reduction: Reduction = "mean"
-) -> Float[Array, ""]:
+def cross_entropy(model: Model, batch: Batch, *, reduction: Reduction = "mean") -> Float[Array, ""]:
     """Softmax cross-entropy `−log p(y | x)` of integer labels.
 
     Args:

@@ -16,7 +16,7 @@ BINS = 15
 
 def classification(
     logits: Float[Array, "*particles n way"], labels: Int[Array, " n"]
-) -> dict[str, Float[Array, "..."]]:
+) -> dict[str, Float[Array, ...]]:
     """Accuracy, negative log-likelihood, Brier score, and the table that calibration needs.
 
     * `accuracy`: how often the mixture's most probable class is right.

@@ -154,9 +154,7 @@ class Splits(eqx.Module):
         return self.train.sample(key)
 
 
-def episode_key(
-    split: str, key: PRNGKeyArray, i: int | Int[Array, ""]
-) -> PRNGKeyArray:
+def episode_key(split: str, key: PRNGKeyArray, i: int | Int[Array, ""]) -> PRNGKeyArray:
     """The key of episode `i`: a function of (key, split, i) and of nothing else.
 
     Two splits never share a stream, so a seed that is used for training and for test does not

@@ -308,9 +308,7 @@ def _select(state: State, score: float) -> State:
     )
 
 
-def _is_heavy(
-    learner: MetaLearner, meta: Meta, tasks: TaskDistribution, key: PRNGKeyArray
-) -> bool:
+def _is_heavy(learner: MetaLearner, meta: Meta, tasks: TaskDistribution, key: PRNGKeyArray) -> bool:
     """Whether one task is enough work to be worth a loop iteration or a device of its own."""
     if jax.default_backend() != "cpu":
         return True

@@ -89,9 +89,7 @@ class BatchNorm(eqx.Module):
     adapted: bool = eqx.field(static=True)
     eps: float = eqx.field(static=True)
 
-    def __init__(
-        self, size: int, *, scale: bool = False, adapted: bool = False, eps: float = 1e-3
-    ):
+    def __init__(self, size: int, *, scale: bool = False, adapted: bool = False, eps: float = 1e-3):
         self.shift = jnp.zeros(size)
         self.scale = jnp.ones(size) if scale else None
         self.adapted = adapted
@@ -130,5 +128,3 @@ def max_pool(
         x = x[:, : h - h % 2, : w - w % 2]
     rows = jnp.maximum(x[:, ::2], x[:, 1::2])
     return jnp.maximum(rows[:, :, ::2], rows[:, :, 1::2])
-
-

@@ -51,7 +51,7 @@ class MLP(eqx.Module):
         self.norms = tuple(BatchNorm(size) for size in hidden) if batch_norm else ()
         self.activation = activation
 
-    def __call__(self, x: Float[Array, "n *shape"]) -> Float[Array, "n out_size"]:
+    def __call__(self, x: Float[Array, n * shape]) -> Float[Array, "n out_size"]:
         """A batch of outputs."""
         x = x.reshape(len(x), -1)
         for i, layer in enumerate(self.layers):
