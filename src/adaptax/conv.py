@@ -31,6 +31,7 @@ def conv(
     strides: Sequence[int],
     padding: Padding = "SAME",
     precision: Any = None,
+    preferred_element_type: Any = None,
 ) -> Float[Array, "n *outsize out"]:
     """`y[n, p, o] = Σ_{q, c} x[n, s·p + q, c] · kernel[q, c, o]`, in any number of dimensions.
 
@@ -40,14 +41,18 @@ def conv(
         strides: one for each dimension.
         padding: `"SAME"`, `"VALID"`, or `(low, high)` for each dimension.
         precision: of the matrix product, as in `jax.lax.dot_general`.
+        preferred_element_type: of its accumulation and result, as there.
     """
     window, (c, out) = kernel.shape[:-2], kernel.shape[-2:]
     size = x.shape[1:-1]
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(size, window, strides, padding)
+    extent = [n + low + high for n, (low, high) in zip(size, padding)]
+    outsize = [max((n - k) // s + 1, 0) for n, k, s in zip(extent, window, strides)]
+    if 0 in outsize:
+        return jnp.zeros((len(x), *outsize, out), preferred_element_type or x.dtype)
     config = ((0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0))
     x = lax.pad(x, jnp.zeros((), x.dtype), config)  # negative padding crops
-    outsize = [max((n - k) // s + 1, 0) for n, k, s in zip(x.shape[1:-1], window, strides)]
     # Written out once: fused into the concatenation, the padding costs a comparison an element.
     x = lax.optimization_barrier(x)
     columns = [
@@ -60,13 +65,20 @@ def conv(
         for offset in itertools.product(*map(range, window))
     ]
     patches = jnp.concatenate(columns, axis=-1) if len(columns) > 1 else columns[0]
+    depth = math.prod(window) * c
     y = jnp.dot(
-        patches.reshape(-1, math.prod(window) * c), kernel.reshape(-1, out), precision=precision
+        patches.reshape(len(x) * math.prod(outsize), depth),
+        kernel.reshape(depth, out),
+        precision=precision,
+        preferred_element_type=preferred_element_type,
     )
     return y.reshape(len(x), *outsize, out)
 
 
 FastPath = bool | Literal["auto"]
+
+_JIT = ("jit", "pjit")
+_CONTROL = ("scan", "while", "cond", "checkpoint", "remat", "remat2")
 
 
 def fast(function: Callable[..., Any], enabled: FastPath = "auto") -> Callable[..., Any]:
@@ -127,11 +139,11 @@ def _evaluate(closed: Any, args: Sequence[Any]) -> list[Any]:
 def _bind(equation: Any, values: list[Any]) -> list[Any]:
     primitive, params = equation.primitive, dict(equation.params)
     match primitive.name:
-        case "conv_general_dilated" if _plain(params):
-            return [_matmul_form(*values, params, equation.outvars[0].aval.dtype)]
-        case "jit" | "pjit" if _convolves(params["jaxpr"].jaxpr):
+        case "conv_general_dilated" if _plain(equation):
+            return [_matmul_form(*values, params)]
+        case name if name in _JIT and _convolves(params["jaxpr"].jaxpr):
             return _evaluate(params["jaxpr"], values)
-        case "scan" | "while" | "cond" | "checkpoint" | "remat2" | "remat":
+        case name if name in _CONTROL:
             params = {name: _rewrite(value) for name, value in params.items()}
     bind = primitive.get_bind_params(params)
     functions, params = bind if isinstance(bind, tuple) else ((), bind)  # as JAX < 0.10 has it
@@ -141,11 +153,13 @@ def _bind(equation: Any, values: list[Any]) -> list[Any]:
 
 def _rewrite(param: Any) -> Any:
     """A parameter of a control-flow primitive, with the jaxprs in it rewritten."""
-    if isinstance(param, tuple):
+    if type(param) is tuple:
         return tuple(map(_rewrite, param))
     if isinstance(param, core.ClosedJaxpr) and _convolves(param.jaxpr):
-        shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in param.jaxpr.invars]
-        return jax.make_jaxpr(lambda *args: _evaluate(param, args))(*shapes)
+        types = [v.aval for v in param.jaxpr.invars]
+        if any(type(aval) is not jax.core.ShapedArray for aval in types):
+            return param  # a reference to mutable memory, say
+        return jax.make_jaxpr(lambda *args: _evaluate(param, args))(*types)
     if isinstance(param, core.Jaxpr) and _convolves(param):
         closed = _rewrite(core.ClosedJaxpr(param, ()))
         # An open jaxpr cannot hold constants; ours has none but those that tracing may hoist.
@@ -156,8 +170,11 @@ def _rewrite(param: Any) -> Any:
 def _convolves(jaxpr: Any) -> bool:
     """Whether a jaxpr, or one inside it, has a convolution that can be replaced."""
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "conv_general_dilated" and _plain(equation.params):
+        name = equation.primitive.name
+        if name == "conv_general_dilated" and _plain(equation):
             return True
+        if name not in _JIT + _CONTROL:
+            continue
         for param in equation.params.values():
             for inner in param if isinstance(param, tuple) else (param,):
                 inner = inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner
@@ -166,14 +183,17 @@ def _convolves(jaxpr: Any) -> bool:
     return False
 
 
-def _plain(params: dict[str, Any]) -> bool:
+def _plain(equation: Any) -> bool:
     """No groups and no dilation of either side; real floating point."""
-    return params["feature_group_count"] == params["batch_group_count"] == 1 and set(
-        params["lhs_dilation"]
-    ) | set(params["rhs_dilation"]) <= {1}
+    params, types = equation.params, [v.aval.dtype for v in (*equation.invars, *equation.outvars)]
+    return (
+        params["feature_group_count"] == params["batch_group_count"] == 1
+        and set(params["lhs_dilation"]) | set(params["rhs_dilation"]) <= {1}
+        and all(jnp.issubdtype(dtype, jnp.floating) for dtype in types)
+    )
 
 
-def _matmul_form(x: Array, kernel: Array, params: dict[str, Any], dtype: np.dtype) -> Array:
+def _matmul_form(x: Array, kernel: Array, params: dict[str, Any]) -> Array:
     """`conv_general_dilated` of any layout through `conv`, which wants channels last."""
     layout = params["dimension_numbers"]
     channels_last = (layout.lhs_spec[0], *layout.lhs_spec[2:], layout.lhs_spec[1])
@@ -184,7 +204,8 @@ def _matmul_form(x: Array, kernel: Array, params: dict[str, Any], dtype: np.dtyp
         strides=params["window_strides"],
         padding=params["padding"],
         precision=params["precision"],
+        preferred_element_type=params["preferred_element_type"],
     )
     out = layout.out_spec
     position = np.argsort((out[0], *out[2:], out[1]))
-    return lax.transpose(y, tuple(int(p) for p in position)).astype(dtype)
+    return lax.transpose(y, tuple(int(p) for p in position))

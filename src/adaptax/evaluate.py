@@ -55,14 +55,24 @@ class Report:
         sign = 1 if self.primary == "accuracy" else -1
         return sign * mean if math.isfinite(mean) else -math.inf
 
-    def mean(self, metric: str, step: int = -1) -> float:
-        """Mean over episodes of a metric at one of the steps in `at` (by position)."""
-        return float(np.mean(self.values[metric][:, step]))
+    def mean(self, metric: str, step: int = -1, *, diverged: bool = True) -> float:
+        """Mean over episodes of a metric at one of the steps in `at` (by position).
+
+        Args:
+            metric: one of `values`.
+            step: position in `at`.
+            diverged: count the episodes that diverged; without them the mean of none is NaN.
+        """
+        values = self.values[metric][:, step]
+        values = values if diverged else values[~self._diverged(step)]
+        with np.errstate(all="ignore"):
+            return float(np.mean(values)) if len(values) else math.nan
 
     def ci95(self, metric: str, step: int = -1) -> float:
         """Half the 95 % confidence interval of that mean: 1.96 standard errors over episodes."""
         values = self.values[metric][:, step]
-        spread = np.std(values, ddof=1) if len(values) > 1 else math.nan
+        with np.errstate(all="ignore"):
+            spread = np.std(values, ddof=1) if len(values) > 1 else math.nan
         return float(1.96 * spread / math.sqrt(len(values)))
 
     def ece(self, step: int = -1) -> float:
@@ -73,35 +83,49 @@ class Report:
 
     def diverged(self, step: int = -1) -> int:
         """Episodes whose adaptation diverged by then; see `DIVERGED`. Means include them."""
+        return int(np.sum(self._diverged(step)))
+
+    def _diverged(self, step: int) -> np.ndarray:
         if self.primary == "accuracy":
-            return int(np.sum(~np.isfinite(self.values["nll"][:, step])))
+            return ~np.isfinite(self.values["nll"][:, step])
         mse = self.values["mse"]
         bad = ~np.isfinite(mse[:, step])
         if self.at[0] == 0:
-            bad |= mse[:, step] > DIVERGED * mse[:, 0]
-        return int(np.sum(bad))
+            with np.errstate(all="ignore"):
+                bad |= mse[:, step] > DIVERGED * mse[:, 0]
+        return bad
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything but the single episodes, as JSON values."""
+    def _curve(self) -> list[dict[str, Any]]:
         curve = []
         for i, step in enumerate(self.at):
             row: dict[str, Any] = {"step": step}
             for name in self.values:
                 row[name], row[f"{name}_ci95"] = self.mean(name, i), self.ci95(name, i)
-            row[f"median_{self.primary}"] = float(np.median(self.values[self.primary][:, i]))
+                row[f"{name}_not_diverged"] = self.mean(name, i, diverged=False)
+            with np.errstate(all="ignore"):
+                row[f"median_{self.primary}"] = float(np.median(self.values[self.primary][:, i]))
             if self.bins is not None:
                 row["ece"] = self.ece(i)
             row["diverged"] = self.diverged(i)
             curve.append(row)
-        return {"protocol": self.protocol, "result": curve[-1], "curve": curve}
+        return curve
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the single episodes, as JSON values: `None` for what is not finite.
+
+        Means include the episodes that diverged; `..._not_diverged` are the means without them.
+        """
+        curve = self._curve()
+        return io.strict({"protocol": self.protocol, "result": curve[-1], "curve": curve})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `to_json` to a file."""
-        io.write_atomic(path, (json.dumps(self.to_json(), indent=2) + "\n").encode())
+        text = json.dumps(self.to_json(), indent=2, allow_nan=False)
+        io.write_atomic(path, f"{text}\n".encode())
 
     def __str__(self) -> str:
         """The score, the curve over steps, and the protocol."""
-        last = self.to_json()["result"]
+        last = self._curve()[-1]
         scale, unit = (100, " %") if self.primary == "accuracy" else (1, "")
         shown = f"{scale * last[self.primary]:.4g} ± {scale * last[self.primary + '_ci95']:.2g}"
         lines = [f"{self.primary} {shown}{unit} (mean, 95 % CI over episodes)"]
@@ -112,7 +136,11 @@ class Report:
             points = (f"{step}: {scale * self.mean(self.primary, i):.4g}" for step, i in curve)
             lines.append(f"{self.primary} by step: " + ", ".join(points))
         if last["diverged"]:
-            lines.append(f"{last['diverged']} of {self.protocol['episodes']} tasks diverged")
+            others = scale * last[f"{self.primary}_not_diverged"]
+            lines.append(
+                f"{last['diverged']} of {self.protocol['episodes']} tasks diverged, which the "
+                f"means include; {self.primary} of the others {others:.4g}{unit}"
+            )
         lines.append(", ".join(f"{name} {value}" for name, value in self.protocol.items()))
         return "\n".join(lines)
 
@@ -297,9 +325,9 @@ def predict(
 
 
 def _chosen(length: int, at: Sequence[int] | None) -> list[int]:
-    if at is None:
-        at = range(length) if length <= 11 else np.linspace(0, length - 1, 11).round().astype(int)
-    chosen = [int(step) for step in at]
+    # All steps up to ten, else eleven evenly spaced.
+    spaced = np.linspace(0, length - 1, min(length, 11)).round()
+    chosen = [int(step) for step in (spaced if at is None else at)]
     if not chosen or min(chosen) < 0 or max(chosen) >= length:
         raise ValueError(f"at={chosen} should be steps between 0 and the last, {length - 1}")
     return chosen

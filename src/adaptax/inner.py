@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
 from . import tree
 from .losses import Loss
 from .task import Model, Source
 
-Rate = float | Float[Array, ""] | PyTree | Callable[[Any], Any]
+Rate: TypeAlias = Any
 """A step size: a number, a tree of the model's structure, or a function of the step to either."""
 
 
@@ -127,7 +126,8 @@ def run(
 
     carry = (start, rule.init(start) if state is None else state)
     body = jax.checkpoint(step) if remat else step
-    (params, state), path = jax.lax.scan(body, carry, jnp.arange(steps))
+    # One step needs no loop, and small models are faster without.
+    (params, state), path = jax.lax.scan(body, carry, jnp.arange(steps), unroll=steps <= 1)
     if keep_path:
         path = jax.tree.map(lambda s, p: jnp.concatenate([s[None], p]), start, path)
         path = eqx.combine(path, jax.tree.map(lambda leaf: _repeat(leaf, steps + 1), fixed))
@@ -140,7 +140,7 @@ def stop(tree: PyTree) -> PyTree:
 
 
 def _is_leaf(tree: PyTree) -> bool:
-    return jax.tree.structure(tree) == jax.tree.structure(0)
+    return jax.tree_util.treedef_is_leaf(jax.tree.structure(tree))
 
 
 def _repeat(leaf: Any, times: int) -> Any:

@@ -48,6 +48,17 @@ class MetaLearner(eqx.Module):
         """
         raise NotImplementedError  # pragma: no cover - abstract
 
+    def reference(
+        self, meta: Meta, task: Task, *, at: Meta, key: PRNGKeyArray, progress: float | Array
+    ) -> Float[Array, ""]:
+        """The function of `meta` whose exact gradient, at `meta = at`, the meta-gradient is.
+
+        Here: the meta-loss. A learner that stops gradients says here what it holds fixed: the
+        same value, in which all that is stopped is computed from `at` instead of `meta`. Only
+        `adaptax.testing.check_meta_gradient` asks, and takes finite differences of it.
+        """
+        return self.meta_loss(meta, task, key=key, progress=progress)[0]
+
     def iterates(
         self, meta: Meta, support: Source, *, key: PRNGKeyArray, steps: int | None = None
     ) -> Model:

@@ -42,7 +42,7 @@ def classification(
 
 
 def regression(
-    predictions: Float[Array, "*particles n out"], targets: Float[Array, "n out"], noise: float
+    predictions: Float[Array, "*any"], targets: Float[Array, "n ..."], noise: float
 ) -> dict[str, Float[Array, ""]]:
     """Mean squared error, and negative log-likelihood under Gaussian noise.
 

@@ -81,7 +81,7 @@ class Run:
         state = io.load(self.checkpoint_file, state)
         # A killed process may have logged chunks after its last checkpoint; they come again.
         records = [r for r in self.metrics() if r["step"] <= int(state.step)]
-        lines = "".join(json.dumps(record) + "\n" for record in records)
+        lines = "".join(_line(record) for record in records)
         io.write_atomic(self.metrics_file, lines.encode())
         return state, records
 
@@ -92,7 +92,7 @@ class Run:
     def log(self, record: dict[str, Any]) -> None:
         """Append a record to the metrics and to the TensorBoard events."""
         with self.metrics_file.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(_line(record))
         if self._events is None:
             from tensorboardX import SummaryWriter
 
@@ -113,3 +113,7 @@ class Run:
             except json.JSONDecodeError:
                 break
         return [r for r in records if math.isfinite(r.get("step", math.nan))]
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(io.strict(record), allow_nan=False) + "\n"

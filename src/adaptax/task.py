@@ -128,7 +128,7 @@ class HostTaskDistribution(TaskDistribution):
         raise NotImplementedError  # pragma: no cover - abstract
 
     def fetch(self, plan: PyTree) -> Task:
-        """On the host: gather planned tasks; leading axes of `plan` are leading axes of the task."""
+        """On the host: gather planned tasks; they lead with the leading axes of `plan`."""
         raise NotImplementedError  # pragma: no cover - abstract
 
     def sample(self, key: PRNGKeyArray) -> Task:

@@ -198,7 +198,7 @@ def fit(
     jobs = (lambda b=b: job(*b) for b in list(bounds()))
     stopped = "done"
     with _interruptible() as interrupted:
-        for _, end, loaded in feed.prefetch(tasks, jobs):
+        for start, end, loaded in feed.prefetch(tasks, jobs):
             began = time.perf_counter()
             state_arrays, good, logs = program(
                 (tasks, loaded, learner_key), (state.step, state.meta, state.opt_state)
@@ -207,12 +207,12 @@ def fit(
             state = dataclasses.replace(state, step=step, meta=trained, opt_state=opt_state)
             logs = jax.tree.map(lambda leaf: np.asarray(leaf, float), logs)
             diverged = not bool(good)
-            count = max(int(np.isfinite(logs["loss"]).sum()), 1)
-            record: dict[str, Any] = {
-                "step": int(state.step),
-                "seconds": time.perf_counter() - began,
-                **{name: float(np.nanmean(values[:count])) for name, values in logs.items()},
-            }
+            # The steps that counted; of a chunk that went wrong at once, the step that did.
+            count = max(int(state.step) - start, 1)
+            with np.errstate(all="ignore"):
+                means = {name: float(np.mean(values[:count])) for name, values in logs.items()}
+            seconds = time.perf_counter() - began
+            record: dict[str, Any] = {"step": int(state.step), "seconds": seconds, **means}
             due = end % validate_every == 0 or end == steps
             if judge is not None and due and not diverged:
                 report = judge(eqx.combine(state.meta, fixed), key=validation_key)
@@ -296,6 +296,7 @@ def _program(
 
 def _select(state: State, score: float) -> State:
     """Keep the current meta-parameters if they are the best so far."""
+    score = float(np.asarray(score, state.best_score.dtype))  # as it was kept
     if score <= float(state.best_score):
         return dataclasses.replace(state, stale=state.stale + 1)
     return dataclasses.replace(

@@ -82,6 +82,12 @@ def axpy(a: float | Float[Array, ""], x: PyTree, y: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: a * x + y, x, y)
 
 
+def shift(model: PyTree, to: PyTree, start: PyTree) -> PyTree:
+    """The model, its parameters moved by `to − start`."""
+    move = lambda m, a, b: m + (a - b) if eqx.is_inexact_array(m) else m  # noqa: E731
+    return jax.tree.map(move, model, to, start)
+
+
 def squared_distance(x: PyTree, y: PyTree) -> Float[Array, ""]:
     """`‖x − y‖²` over the inexact arrays of two models."""
     pairs = zip(jax.tree.leaves(parameters(x)), jax.tree.leaves(parameters(y)), strict=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -72,6 +73,17 @@ class MAML(MetaLearner):
         adapt_key, query_key = jax.random.split(key)
         model = self._descend(meta, task.support, adapt_key, self.inner_steps).model
         return self.loss(model, task.query.draw(model, query_key)), {}
+
+    def reference(
+        self, meta: Meta, task: Task, *, at: Meta, key: PRNGKeyArray, progress: float | Array = 1.0
+    ) -> Float[Array, ""]:
+        """The meta-loss; for FOMAML `L_Q(U_k(at; S) + θ − at)`, the inner steps held fixed."""
+        if not self.first_order:
+            return self.meta_loss(meta, task, key=key, progress=progress)[0]
+        adapt_key, query_key = jax.random.split(key)
+        model = self._descend(at, task.support, adapt_key, self.inner_steps).model
+        model = tree.shift(model, meta, at)
+        return self.loss(model, task.query.draw(model, query_key))
 
     def describe(self) -> dict[str, Any]:
         """Name, steps and rate."""
@@ -174,6 +186,27 @@ class MetaSGD(MetaLearner):
         adapt_key, query_key = jax.random.split(key)
         model = self.adapt(meta, task.support, key=adapt_key)
         return self.loss(model, task.query.draw(model, query_key)), {}
+
+    def reference(
+        self, meta: Meta, task: Task, *, at: Meta, key: PRNGKeyArray, progress: float | Array = 1.0
+    ) -> Float[Array, ""]:
+        """The meta-loss; to first order `L_Q(θ − α ∘ G)`, G the inner gradients summed at `at`."""
+        if not self.first_order:
+            return self.meta_loss(meta, task, key=key, progress=progress)[0]
+        adapt_key, query_key = jax.random.split(key)
+        chosen = tree.adaptable(at["model"], self.adapt_only)
+        step = lambda rates, g: jax.tree.map(lambda r, g: -r * g, rates, g)  # noqa: E731
+        rates = eqx.filter(at["lr"], chosen)
+        rule = optax.GradientTransformation(
+            lambda params: jax.tree.map(jnp.zeros_like, params),
+            lambda g, total, params: (step(rates, g), jax.tree.map(jnp.add, total, g)),
+        )
+        total = inner.run(
+            self.loss, at["model"], task.support, key=adapt_key, steps=self.inner_steps,
+            optimizer=rule, first_order=True, adapt_only=self.adapt_only,
+        ).state  # fmt: skip
+        model = eqx.apply_updates(meta["model"], step(eqx.filter(meta["lr"], chosen), total))
+        return self.loss(model, task.query.draw(model, query_key))
 
     def _descend(
         self, meta: Meta, support: Source, key: PRNGKeyArray, steps: int, **how: Any

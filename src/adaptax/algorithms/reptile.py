@@ -81,14 +81,20 @@ class Reptile(MetaLearner):
         self, meta: Meta, task: Task, *, key: PRNGKeyArray, progress: float | Array = 1.0
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """`½‖θ − stop(U_k(θ; S))‖²`, and the same for a carried state of the inner rule."""
+        return self.reference(meta, task, at=meta, key=key, progress=progress), {}
+
+    def reference(
+        self, meta: Meta, task: Task, *, at: Meta, key: PRNGKeyArray, progress: float | Array = 1.0
+    ) -> Float[Array, ""]:
+        """`½‖θ − U_k(at; S)‖²`: the goal is held fixed."""
         draw_key, union_key, order_key = jax.random.split(key, 3)
-        support = _union(task, _model(meta), union_key) if self.include_query else task.support
+        support = _union(task, _model(at), union_key) if self.include_query else task.support
         support = _minibatches(support, self.inner_batch, order_key)
-        goal = self._descend(meta, support, draw_key, self.inner_steps)
+        goal = self._descend(at, support, draw_key, self.inner_steps)
         distance = tree.squared_distance(_model(meta), inner.stop(goal.model))
         if self.carry_state:
             distance += tree.squared_distance(meta["state"], inner.stop(_as_floats(goal.state)))
-        return distance / 2, {}
+        return distance / 2
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
         """Gradient descent with ε from `outer_lr` linearly to 0; a carried state is replaced."""

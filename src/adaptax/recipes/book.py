@@ -169,11 +169,12 @@ _SHORT = [
     ),
     _short(
         _BY_NAME["reptile-omniglot-5w1s"],
-        "10,000 meta-steps and 2,000 test episodes", steps=10_000, evaluation={"episodes": 2000},
+        "15,000 meta-steps and 2,000 test episodes", steps=15_000, evaluation={"episodes": 2000},
     ),
     _short(
-        _BY_NAME["maml-mini_imagenet-5w1s"],
-        "first order, 1,500 meta-steps", algorithm="fomaml", steps=1500,
+        _BY_NAME["fomaml-mini_imagenet-5w1s"],
+        "600 meta-steps with 5 queries a class",
+        steps=600, task={"train_query": 5},
     ),
 ]  # fmt: skip
 

@@ -1,0 +1,64 @@
+"""Every learner, and small smooth models, for the tests that hold for all of them."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+import adaptax as ax
+
+mse, cross_entropy = ax.losses.mse, ax.losses.cross_entropy
+
+LEARNERS = {
+    "MAML": lambda loss: ax.MAML(loss, 0.1, 2),
+    "MAML schedule": lambda loss: ax.MAML(loss, lambda i: 0.1 / (i + 1), 2, remat=True),
+    "MAML Adam": lambda loss: ax.MAML(loss, inner_steps=2, inner_optimizer=ax.inner.adam(0.01)),
+    "FOMAML": lambda loss: ax.FOMAML(loss, 0.1, 3),
+    "ANIL": lambda loss: ax.ANIL(loss, 0.1, 2),
+    "Meta-SGD": lambda loss: ax.MetaSGD(loss, 0.1, 2),
+    "Meta-SGD first order": lambda loss: ax.MetaSGD(loss, 0.1, 2, first_order=True),
+    "Reptile": lambda loss: ax.Reptile(loss, 0.1, 3),
+    "Reptile Adam": lambda loss: ax.Reptile(
+        loss, inner_steps=3, inner_optimizer=ax.inner.adam(0.01), include_query=True
+    ),
+    "Reptile carry": lambda loss: ax.Reptile(
+        loss, inner_steps=2, inner_optimizer=ax.inner.adam(0.01), carry_state=True
+    ),
+    "Reptile minibatches": lambda loss: ax.Reptile(loss, 0.1, 3, inner_batch=2),
+}
+
+
+class ConvNet(eqx.Module):
+    """Convolution, batch normalisation, tanh, twice; small and smooth."""
+
+    convs: tuple[ax.models.Conv2d, ...]
+    norms: tuple[ax.models.BatchNorm, ...]
+    head: ax.models.Linear
+
+    def __init__(self, key, out=2):
+        keys = jax.random.split(key, 3)
+        self.convs = (ax.models.Conv2d(1, 2, 2, key=keys[0]), ax.models.Conv2d(2, 3, 1, key=keys[1]))
+        self.norms = (ax.models.BatchNorm(2, scale=True, adapted=True), ax.models.BatchNorm(3))
+        self.head = ax.models.Linear(3, out, key=keys[2])
+
+    def __call__(self, x):
+        for conv, norm in zip(self.convs, self.norms):
+            x = jnp.tanh(norm(conv(x)))
+        return self.head(jnp.mean(x, axis=(1, 2)))
+
+
+class Images(ax.TaskDistribution):
+    """Two classes of noisy 4×4 images, with `each` support and query images a class."""
+
+    split: str = eqx.field(static=True, default="train")
+    each: int = eqx.field(static=True, default=2)
+
+    def sample(self, key):
+        for_centres, for_noise = jax.random.split(key)
+        centres = jax.random.normal(for_centres, (2, 1, 4, 4, 1))
+        noise = jax.random.normal(for_noise, (2, 2 * self.each, 4, 4, 1))
+
+        def batch(x):
+            return ax.Batch(x.reshape(-1, 4, 4, 1), jnp.repeat(jnp.arange(2), x.shape[1]))
+
+        x = centres + 0.5 * noise
+        return ax.Task(batch(x[:, : self.each]), batch(x[:, self.each :]))
