@@ -19,7 +19,7 @@ from . import feed, io, metrics
 from .conv import FastPath, fast
 from .learner import Ensemble, Meta, MetaLearner
 from .mapping import Mapping, chunk_size, with_fast_path
-from .task import Model, TaskDistribution
+from .task import Model, Splits, TaskDistribution
 
 DIVERGED = 10.0
 """A regression task counts as diverged when its error after adaptation is not finite, or is so
@@ -204,6 +204,8 @@ class Evaluator:
         fast_path: FastPath = "auto",
         watch: Callable[[int], None] | None = None,
     ):
+        if isinstance(tasks, Splits):
+            raise ValueError("evaluate was given all splits of the tasks; give it tasks.test")
         if episodes < 1:
             raise ValueError(f"episodes is at least 1, not {episodes}")
         if noise <= 0:

@@ -54,7 +54,7 @@ def save(path: str | os.PathLike[str], value: PyTree, **metadata: Any) -> None:
             come back from the tree that `load` is given.
         metadata: JSON values to keep beside the arrays; see `read_metadata`.
     """
-    arrays = {name: np.asarray(_plain(leaf)) for name, leaf in _named(value).items()}
+    arrays = {name: np.asarray(plain(leaf)) for name, leaf in _named(value).items()}
     header = {"adaptax": json.dumps(metadata)}
     write_atomic(path, to_bytes(arrays, metadata=header))
 
@@ -86,11 +86,11 @@ def load(path: str | os.PathLike[str], like: PyTree) -> PyTree:
             )
         found = {name: file.get_tensor(name) for name in wanted}
     for name, leaf in wanted.items():
-        plain = _plain(leaf)
-        if found[name].shape != plain.shape or found[name].dtype != plain.dtype:
+        expected = plain(leaf)
+        if found[name].shape != expected.shape or found[name].dtype != expected.dtype:
             raise ValueError(
                 f"{path} is a checkpoint of another model: {name} is {found[name].dtype}"
-                f"{list(found[name].shape)} there and {plain.dtype}{list(plain.shape)} here"
+                f"{list(found[name].shape)} there and {expected.dtype}{list(expected.shape)} here"
             )
     leaves, structure = jax.tree.flatten(like)
     names = jax.tree.leaves(tree.paths(like))
@@ -119,8 +119,8 @@ def _named(value: PyTree) -> dict[str, Any]:
             and hasattr(leaf, "dtype")}  # fmt: skip
 
 
-def _plain(leaf: Any) -> Any:
-    """An array that numpy knows: PRNG keys become their data."""
+def plain(leaf: Any) -> Any:
+    """An array that numpy knows: typed PRNG keys become their data."""
     return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
 

@@ -20,13 +20,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from . import feed, tree
+from . import feed, io, tree
 from .conv import FastPath
 from .evaluate import Evaluator
 from .learner import Meta, MetaLearner
 from .mapping import Mapping, chunk_size, local_mesh, meta_gradient, with_fast_path
 from .run import Run
-from .task import Model, TaskDistribution
+from .task import Model, Splits, TaskDistribution
 
 
 class TrainingDiverged(FloatingPointError):
@@ -132,6 +132,8 @@ def fit(
         TrainingDiverged: when a loss or gradient is not finite. Its `result` holds the last good
             state, which the run folder keeps too.
     """
+    if isinstance(tasks, Splits) or isinstance(validate, Splits):
+        raise ValueError("fit was given all splits of the tasks; give it tasks.train and tasks.val")
     if steps < 1 or meta_batch < 1:
         raise ValueError(f"steps and meta_batch are at least 1, not {steps} and {meta_batch}")
     if validate is not None and validate.split == "test":
@@ -144,32 +146,23 @@ def fit(
     run = Run(run) if isinstance(run, str) else run
     optimizer = optimizer or learner.optimizer(steps)
     task_key, learner_key, init_key, validation_key = jax.random.split(key, 4)
-    meta = learner.init(model, key=init_key)
-    trained, fixed = eqx.partition(meta, eqx.is_inexact_array)
-    # Copies: the compiled program reuses the memory of its arguments, and the caller's stay.
-    state = State(
-        jnp.zeros((), jnp.int32),
-        trained,
-        optimizer.init(trained),
-        trained,
-        jnp.array(-jnp.inf),
-        jnp.zeros((), jnp.int32),
-        jnp.zeros((), jnp.int32),
-    )
-    state = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
+    state, fixed = initial_state(learner, model, optimizer, init_key)
     fast_learner = with_fast_path(learner, fast_path)
-    heavy = _is_heavy(fast_learner, meta, tasks, task_key)
+    heavy = _is_heavy(fast_learner, eqx.combine(state.meta, fixed), tasks, task_key)
     chunk = chunk or (20 if heavy else 500)
     validate_every = math.ceil((validate_every or max(steps // 10, 1)) / chunk) * chunk
     mesh = _mesh(devices, meta_batch, heavy)
     plan = {"steps": steps, "meta_batch": meta_batch, "chunk": chunk,
-            "key": np.asarray(jax.random.key_data(key)).tolist(),
+            "key": np.asarray(io.plain(key)).tolist(),
             "validate_every": validate_every}  # fmt: skip
     history: list[dict[str, Any]] = []
     if run is not None:
         state, history = run.begin(state, plan, resume)
     if mesh is not None:
-        state = jax.device_put(state, NamedSharding(mesh, P()))
+        # Once, and not at every call of the program: the bank of images may be large.
+        everywhere = NamedSharding(mesh, P())
+        state = jax.device_put(state, everywhere)
+        tasks = jax.tree.map(lambda leaf: jax.device_put(leaf, everywhere), tasks)
     judge = None
     if validate is not None:
         how = {"episodes": 200, "fast_path": fast_path, **(validation or {})}
@@ -239,6 +232,17 @@ def fit(
                 stopped = "interrupted"
                 break
     return outcome(stopped)
+
+
+def initial_state(
+    learner: MetaLearner, model: Model, optimizer: optax.GradientTransformation, key: PRNGKeyArray
+) -> tuple[State, PyTree]:
+    """The state before the first meta-step, and what of the meta-parameters is not trained."""
+    trained, fixed = eqx.partition(learner.init(model, key=key), eqx.is_inexact_array)
+    zero = jnp.zeros((), jnp.int32)
+    state = State(zero, trained, optimizer.init(trained), trained, jnp.array(-jnp.inf), zero, zero)
+    # Copies: the compiled program reuses the memory of its arguments, and the caller's stay.
+    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state), fixed
 
 
 def _program(

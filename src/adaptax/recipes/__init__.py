@@ -1,6 +1,17 @@
 """Named recipes: one for each cell of the papers' tables, and short versions for a CPU."""
 
-from .book import RECIPES, Recipe, closest
-from .experiment import ALGORITHMS, TASKS, Experiment
+from .book import COMPARED, PAPER_CURVES, RECIPES, Recipe, closest, comparable
+from .experiment import ALGORITHMS, TASKS, TITLES, Experiment
 
-__all__ = ["ALGORITHMS", "RECIPES", "TASKS", "Experiment", "Recipe", "closest"]
+__all__ = [
+    "ALGORITHMS",
+    "COMPARED",
+    "PAPER_CURVES",
+    "RECIPES",
+    "TASKS",
+    "TITLES",
+    "Experiment",
+    "Recipe",
+    "closest",
+    "comparable",
+]

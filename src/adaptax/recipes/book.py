@@ -4,11 +4,15 @@ Hyper-parameters are the papers' (MAML: arXiv:1703.03400 and its code; Reptile: 
 and its code); step sizes are for the mean loss, so MAML's published α of 0.4, 0.1 and 0.01 on
 losses summed over ways become 2.0, 2.0 and 0.05. Recipes whose name ends in `-short` shorten
 meta-training for two CPU cores, and say what else they change.
+
+A recipe belongs to a cell: an algorithm, a data set, ways and shots. `closest` finds the settings
+of a cell that is in no table, and `comparable` those of several algorithms on the same tasks.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from .experiment import Experiment
@@ -43,6 +47,14 @@ def _sinusoid(algorithm: str, paper: str, about: str, **changes: Any) -> Recipe:
         meta_batch=25,
         evaluation={"episodes": 2000},
     )
+    if algorithm == "pretrained":
+        # Without an inner step there is no support set: train on as many points as the others.
+        base = dataclasses.replace(
+            base,
+            task={**base.task, "train_query": 20},
+            learner={"inner_lr": 0.01, "eval_steps": 10},
+            tune=[0.001, 0.003, 0.01, 0.02, 0.05],
+        )
     return Recipe(f"{algorithm}-sinusoid", about, paper, dataclasses.replace(base, **changes))
 
 
@@ -73,6 +85,14 @@ def _maml(data: str, way: int, shot: int, first_order: bool, paper: str) -> Reci
     )
     about = f"{algorithm.upper()}, {data}, {way}-way {shot}-shot"
     return Recipe(f"{algorithm}-{data}-{way}w{shot}s", about, paper, experiment)
+
+
+def _maml_mlp(shot: int, paper: str) -> Recipe:
+    """MAML's Omniglot cells without convolutions."""
+    cell = _maml("omniglot", 5, shot, False, paper)
+    network = {"mlp": [256, 128, 64, 64], "in_size": 784, "batch_norm": True, "init": "truncated"}
+    experiment = dataclasses.replace(cell.experiment, network=network)
+    return Recipe(f"{cell.name}-mlp", f"{cell.about}, no convolutions", paper, experiment)
 
 
 def _reptile(data: str, way: int, shot: int, paper: str) -> Recipe:
@@ -122,15 +142,20 @@ def _short(recipe: Recipe, about: str, **changes: Any) -> Recipe:
 
 
 _MAML_SINE = "MSE 0.67 / 0.38 / 0.35 after 1 / 5 / 10 steps (600 tasks)"
+_PRETRAINED_SINE = "MSE 2.41 / 2.23 / 2.19 after 1 / 5 / 10 steps (600 tasks)"
 _FULL = [
     _sinusoid("maml", _MAML_SINE, "MAML, 5-shot sinusoids, trained with 10 shots"),
     _sinusoid("fomaml", "no number", "FOMAML on MAML's sinusoids"),
     _sinusoid(
+        "pretrained", _PRETRAINED_SINE,
+        "Joint training on all sinusoids, then fine-tuning with a tuned step size",
+    ),
+    _sinusoid(
         "reptile", "a figure only",
         "Reptile on its own sinusoids: batches of 10 from a grid of 50 points, 32 steps at test",
-        task={"shot": 10, "query": 50, "paper": "reptile", "grid": False,
+        task={"shot": 10, "query": 40, "paper": "reptile", "grid": True,
               "train_shot": 50, "train_query": 0},
-        test_task={"query": 100},
+        test_task={"query": 100, "grid": False},
         network={"mlp": [64, 64], "activation": "tanh"},
         learner={"inner_lr": 0.02, "inner_steps": 5, "inner_batch": 10,
                  "eval_steps": 32, "eval_batch": 10, "outer_lr": 0.1},
@@ -140,6 +165,8 @@ _FULL = [
     _maml("omniglot", 5, 5, False, "99.9 ± 0.1 %"),
     _maml("omniglot", 20, 1, False, "95.8 ± 0.3 %"),
     _maml("omniglot", 20, 5, False, "98.9 ± 0.2 %"),
+    _maml_mlp(1, "89.7 ± 1.1 %"),
+    _maml_mlp(5, "97.5 ± 0.6 %"),
     _maml("omniglot", 5, 1, True, "98.3 ± 0.5 % (as Reptile's paper quotes it)"),
     _maml("omniglot", 5, 5, True, "99.2 ± 0.2 % (as Reptile's paper quotes it)"),
     _maml("omniglot", 20, 1, True, "89.4 ± 0.5 % (as Reptile's paper quotes it)"),
@@ -176,10 +203,33 @@ _SHORT = [
         "600 meta-steps with 5 queries a class",
         steps=600, task={"train_query": 5},
     ),
+    *(
+        _short(
+            _BY_NAME[f"{algorithm}-omniglot-5w5s"],
+            f"{steps:,} meta-steps{head and ' and a Xavier head instead of N(0, 1)'}",
+            steps=steps, network={"head_init": head} if head else {},
+            evaluation={"episodes": 600},
+        )
+        for algorithm, steps, head in (
+            ("maml", 3000, "glorot"), ("fomaml", 4000, "glorot"), ("reptile", 10_000, ""),
+        )
+    ),
 ]  # fmt: skip
 
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*_FULL, *_SHORT)}
 """All recipes by name."""
+
+PAPER_CURVES: dict[str, dict[int, float]] = {
+    "maml": {1: 0.67, 5: 0.38, 10: 0.35},
+    "pretrained": {1: 2.41, 5: 2.23, 10: 2.19},
+}
+"""Errors that MAML's paper prints for 5-shot sinusoids, by the number of steps."""
+
+COMPARED = {
+    "sinusoid": ("maml", "fomaml", "reptile", "pretrained"),
+    "images": ("maml", "fomaml", "reptile"),
+}
+"""What `comparable` is for by default."""
 
 
 def closest(algorithm: str, tasks: str, way: int = 5, shot: int = 1) -> Experiment:
@@ -199,19 +249,76 @@ def closest(algorithm: str, tasks: str, way: int = 5, shot: int = 1) -> Experime
     else:
         data = {"glyphs": "omniglot", "folder": "mini_imagenet"}.get(tasks, tasks)
         cell = f"{20 if way > 10 else 5}w{5 if shot > 2 else 1}s"
+        family = "maml" if family == "pretrained" else family
         experiment = _BY_NAME[f"{family}-{data}-{cell}"].experiment
         task = {**experiment.task, "way": way, "shot": shot}
         if family != "reptile":
             task["query"] = shot
         experiment = dataclasses.replace(experiment, task=task)
     learner = dict(experiment.learner)
+    tune: Sequence[float] = experiment.tune
     if algorithm == "meta-sgd":
-        del learner["eval_steps"]
+        learner.pop("eval_steps", None)
+    if algorithm == "pretrained" and tasks != "sinusoid":
+        learner = {"inner_lr": learner["inner_lr"], "eval_steps": 10}
+        tune = [0.01, 0.03, 0.1, 0.3, 1.0]
+    experiment = dataclasses.replace(
+        experiment, algorithm=algorithm, tasks=tasks, learner=learner, tune=tune
+    )
+    return _without_paper(experiment) if tasks in ("glyphs", "folder") else experiment
+
+
+def comparable(
+    algorithm: str, tasks: str, way: int = 5, shot: int = 1, seed: int = 0
+) -> Experiment:
+    """The experiment of one of several algorithms that are compared on the same test episodes.
+
+    Sinusoids are MAML's, trained with 10 shots and tested with 5, for one network. Images are as
+    in MAML's protocol. Where no paper has a number (glyphs, folders), all share MAML's network;
+    else each has its paper's.
+
+    Args:
+        algorithm: a name in `ALGORITHMS`.
+        tasks: a name in `TASKS`.
+        way: classes an episode.
+        shot: support examples a class.
+        seed: of training; the test episodes do not depend on it.
+    """
+    experiment = closest(algorithm, tasks, way, shot)
+    if algorithm != "reptile":
+        return dataclasses.replace(experiment, seed=seed)
+    if tasks == "sinusoid":
+        base = _BY_NAME["maml-sinusoid"].experiment
+        learner: dict[str, Any] = {
+            "inner_lr": 0.02, "inner_steps": 5, "inner_batch": 10,
+            "eval_steps": 10, "eval_batch": 5, "include_query": True,
+        }  # fmt: skip
+        return dataclasses.replace(
+            base, algorithm="reptile", learner=learner, meta_batch=10, seed=seed
+        )
+    base = closest("maml", tasks, way, shot)
     if tasks in ("glyphs", "folder"):
-        # Few faces a glyph, and folders of any size: Reptile trains on all that an episode has.
-        task = {name: experiment.task[name] for name in ("way", "shot")}
-        task["query"] = max(experiment.task["query"], 5)
-        experiment = dataclasses.replace(experiment, task=task)
-        if family == "reptile":
-            learner["include_query"] = True
-    return dataclasses.replace(experiment, algorithm=algorithm, tasks=tasks, learner=learner)
+        return dataclasses.replace(
+            experiment, task=base.task, network=base.network, evaluation=base.evaluation, seed=seed
+        )
+    own = {name: experiment.task[name] for name in ("train_shot", "train_query")}
+    return dataclasses.replace(
+        experiment, task={**base.task, **own}, evaluation=base.evaluation, seed=seed
+    )
+
+
+def _without_paper(experiment: Experiment) -> Experiment:
+    """Settings for data of any kind, that no paper reports on."""
+    task = {name: experiment.task[name] for name in ("way", "shot")}
+    task["query"] = max(experiment.task["query"], 5)
+    learner, network = dict(experiment.learner), dict(experiment.network)
+    if experiment.algorithm == "reptile":
+        # Few examples a class: train on all that an episode has.
+        learner["include_query"] = True
+    if experiment.algorithm == "pretrained":
+        learner["adapt_everything"] = True
+    network["head_init"] = "glorot"  # starts faster than MAML's N(0, 1)
+    return dataclasses.replace(
+        experiment, task=task, learner=learner, network=network, steps=2000,
+        evaluation={**experiment.evaluation, "episodes": 600},
+    )  # fmt: skip

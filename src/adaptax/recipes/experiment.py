@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import optax
 
-from .. import inner, losses, models, tasks, tree
+from .. import inner, io, losses, models, tasks, tree
 from ..algorithms.maml import ANIL, FOMAML, MAML, MetaSGD
 from ..algorithms.reptile import Reptile
 from ..evaluate import Evaluator, Report
 from ..learner import Meta, MetaLearner
+from ..losses import Loss
 from ..run import Run
 from ..task import Model, Splits
-from ..train import Result, fit
+from ..train import Result, fit, initial_state
+
+
+def Pretrained(loss: Loss, inner_lr: inner.Rate = 0.01, **how: Any) -> MAML:
+    """The baseline without meta-learning: joint training on all tasks, then fine-tuning.
+
+    MAML with no inner step while training; `eval_steps` are the steps of fine-tuning.
+    """
+    return MAML(loss, inner_lr, 0, **how)
+
 
 ALGORITHMS: dict[str, Callable[..., MetaLearner]] = {
     "maml": MAML,
@@ -25,7 +38,17 @@ ALGORITHMS: dict[str, Callable[..., MetaLearner]] = {
     "anil": ANIL,
     "meta-sgd": MetaSGD,
     "reptile": Reptile,
+    "pretrained": Pretrained,
 }
+TITLES = {
+    "maml": "MAML",
+    "fomaml": "FOMAML",
+    "anil": "ANIL",
+    "meta-sgd": "Meta-SGD",
+    "reptile": "Reptile",
+    "pretrained": "Pretrained",
+}
+"""How reports and plots write the algorithms."""
 TASKS: dict[str, Callable[..., Splits]] = {
     "sinusoid": tasks.sinusoid,
     "omniglot": tasks.omniglot,
@@ -33,6 +56,7 @@ TASKS: dict[str, Callable[..., Splits]] = {
     "glyphs": tasks.glyphs,
     "folder": tasks.folder,
 }
+ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +67,8 @@ class Experiment:
         algorithm: a name in `ALGORITHMS`.
         tasks: a name in `TASKS`.
         task: arguments of the task family: way, shot, query, ….
-        network: `{"mlp": [hidden…], …}` or `{"conv4": preset, …}`, with further arguments.
+        network: `{"mlp": [hidden…], …}` or `{"conv4": preset, …}`, with further arguments; an
+            activation by its name in `ACTIVATIONS`.
         learner: arguments of the learner; `inner_adam` stands for an inner rule, Adam without
             momentum at that rate, and `reduction` for that of the loss.
         outer: the outer optimizer: `{"adam": rate, "clip": bound}`, either may be missing; the
@@ -52,6 +77,7 @@ class Experiment:
         meta_batch: tasks a meta-step.
         evaluation: arguments of `evaluate`.
         test_task: arguments of the task family that differ in the test: `{"shot": 5}`.
+        tune: step sizes of fine-tuning to choose from, after training, on validation tasks.
         seed: names the random stream.
     """
 
@@ -65,6 +91,7 @@ class Experiment:
     outer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     evaluation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     test_task: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tune: Sequence[float] = dataclasses.field(default_factory=list)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -92,27 +119,43 @@ class Experiment:
             raise ValueError(f"this does not describe an experiment: {error}") from None
 
     def splits(self, data_root: str | None = None, *, test: bool = False) -> Splits:
-        """The task distributions; with `test`, those of the test episodes."""
+        """The task distributions; with `test`, those of the test episodes.
+
+        Raises:
+            ValueError: if the task family does not know an argument.
+        """
         arguments = {**self.task, **(self.test_task if test else {})}
         if data_root is not None and self.tasks in ("omniglot", "mini_imagenet"):
             arguments["data_root"] = data_root
-        return TASKS[self.tasks](**arguments)
+        return _call(TASKS[self.tasks], arguments, f"the task family {self.tasks}")
 
     def model(self) -> Model:
-        """The untrained network, as the seed initialises it."""
-        key = jax.random.key(self.seed)
-        network = dict(self.network)
+        """The untrained network, as the seed initialises it.
+
+        Raises:
+            ValueError: if the network does not know an argument.
+        """
+        network = {"key": jax.random.key(self.seed), **self.network}
         if "conv4" in network:
             preset = models.CONV4[network.pop("conv4")]
-            network = {**preset, **network}
-            if "image" in network:
-                network["image"] = tuple(network["image"])
-            return models.Conv4(self.task["way"], key=key, **network)
-        in_size, hidden = network.pop("in_size", 1), network.pop("mlp")
-        return models.MLP(in_size, self.task.get("way", 1), hidden, key=key, **network)
+            if self.tasks == "folder":
+                side = self.task.get("image_size", 84)
+                preset = {**preset, "image": (side, side, self.task.get("channels", 3))}
+            network = {**preset, **network, "out": self.task["way"]}
+            network["image"] = tuple(network.get("image", (28, 28, 1)))
+            return _call(models.Conv4, network, "the network")
+        network = {"in_size": 1, **network, "out_size": self.task.get("way", 1)}
+        network["hidden"] = network.pop("mlp")
+        if "activation" in network:
+            network["activation"] = ACTIVATIONS[network["activation"]]
+        return _call(models.MLP, network, "the network")
 
     def build_learner(self) -> MetaLearner:
-        """The learner."""
+        """The learner.
+
+        Raises:
+            ValueError: if the algorithm does not know an argument.
+        """
         arguments = dict(self.learner)
         base = losses.mse if self.tasks == "sinusoid" else losses.cross_entropy
         reduction = arguments.pop("reduction", "mean")
@@ -121,7 +164,9 @@ class Experiment:
             arguments["inner_optimizer"] = inner.adam(arguments.pop("inner_adam"))
         if arguments.pop("adapt_everything", False):
             arguments["adapt_only"] = tree.every
-        return ALGORITHMS[self.algorithm](loss, **arguments)
+        return _call(
+            ALGORITHMS[self.algorithm], {"loss": loss, **arguments}, f"algorithm {self.algorithm}"
+        )
 
     def optimizer(self) -> optax.GradientTransformation | None:
         """The outer optimizer; `None` for the learner's own."""
@@ -144,8 +189,47 @@ class Experiment:
             **how,
         )
 
-    def test(self, meta: Meta, splits: Splits, **how: Any) -> Report:
-        """Score on the test split; `how` overrides `evaluation`."""
+    def test(self, meta: Meta, splits: Splits, *, split: str = "test", **how: Any) -> Report:
+        """Score on a split; `how` overrides `evaluation`."""
         how = {**self.evaluation, **how}
+        tasks = {"test": splits.test, "val": splits.val}[split]
         # A stream apart from training's, and the same for every experiment.
-        return Evaluator(self.build_learner(), splits.test, **how)(meta, key=jax.random.key(2**31))
+        report = Evaluator(self.build_learner(), tasks, **how)(meta, key=jax.random.key(2**31))
+        protocol = {**report.protocol, "algorithm": TITLES[self.algorithm]}
+        return dataclasses.replace(report, protocol=protocol)
+
+    def tuned(self, meta: Meta, splits: Splits) -> Experiment:
+        """The experiment with the step size of `tune` that does best on validation tasks."""
+        if not self.tune:
+            return self
+        choices = [
+            dataclasses.replace(self, learner={**self.learner, "inner_lr": rate})
+            for rate in self.tune
+        ]
+        scores = [choice.test(meta, splits, split="val", episodes=200).score for choice in choices]
+        return choices[scores.index(max(scores))]
+
+    def restore(self, run: Run) -> tuple[Meta, int]:
+        """The best meta-parameters of a run by validation, else the last, and their step.
+
+        Raises:
+            FileNotFoundError: if the run has no checkpoint.
+            ValueError: if the checkpoint is broken or of another model.
+        """
+        learner = self.build_learner()
+        init_key = jax.random.split(jax.random.key(self.seed), 4)[2]
+        optimizer = self.optimizer() or learner.optimizer(self.steps)
+        state, fixed = initial_state(learner, self.model(), optimizer, init_key)
+        state = io.load(run.checkpoint_file, state)
+        validated = bool(jnp.isfinite(state.best_score))
+        meta, step = (state.best, state.best_step) if validated else (state.meta, state.step)
+        return eqx.combine(meta, fixed), int(step)
+
+
+def _call(function: Callable[..., Any], arguments: Mapping[str, Any], what: str) -> Any:
+    """`function(**arguments)`, its complaint about their names in words."""
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{what}: {error}") from None
+    return function(**arguments)

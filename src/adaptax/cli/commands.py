@@ -1,0 +1,269 @@
+"""What can be asked on the command line; what is done about it is in the other modules.
+
+Nothing here imports JAX, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from tyro.conf import Positional, UseAppendAction
+
+from .options import Algorithm, Family, Flag, Float, Int, Mapping, OwnInt, Word
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Meta-train an algorithm on a family of tasks, test it, and plot how it went.
+
+    Writes a run folder: configuration, metrics (JSON lines and TensorBoard), checkpoint, test
+    scores and plots. Settings that are not given are those of the closest recipe; see
+    `adaptax recipes list`. Ctrl-C saves, and says how to go on.
+
+    ALGORITHM is maml, fomaml, anil, meta-sgd, reptile or pretrained (joint training, then
+    fine-tuning); TASKS is sinusoid, omniglot, mini_imagenet, glyphs (drawn from Matplotlib's
+    fonts, no download) or folder (your images, a class a directory).
+
+    For example:
+      adaptax train maml sinusoid
+      adaptax train reptile omniglot --way 5 --shot 1 --steps 15000
+      adaptax train fomaml folder --path my/images --way 3 --shot 2 --steps 500
+      adaptax train --resume runs/maml-sinusoid
+    """
+
+    algorithm: Algorithm = None
+    """what to meta-train"""
+    tasks: Family = None
+    """what to meta-train on"""
+    way: Int = None
+    """classes an episode"""
+    shot: Int = None
+    """support examples a class"""
+    query: Int = None
+    """query examples a class"""
+    steps: Int = None
+    """meta-steps"""
+    meta_batch: Int = None
+    """tasks a meta-step"""
+    inner_lr: Float = None
+    """step size of the inner loop, for the mean loss"""
+    inner_steps: Int = None
+    """inner steps in meta-training"""
+    eval_steps: Int = None
+    """inner steps in validation and test"""
+    outer_lr: Float = None
+    """step size of the outer loop"""
+    first_order: Flag = False
+    """drop the second derivatives"""
+    seed: Int = None
+    """names all randomness"""
+    episodes: Int = None
+    """test episodes"""
+    data_root: Word = None
+    """folder of the data sets, else ADAPTAX_DATA, else the user's cache"""
+    path: Word = None
+    """the images of the task family `folder`, a class a directory"""
+    run: Word = None
+    """folder to write, else runs/ALGORITHM-TASKS"""
+    resume: Word = None
+    """go on with the run in this folder, with its own settings"""
+    validate_every: Int = None
+    """meta-steps between validations, else a tenth of all"""
+    patience: OwnInt = None
+    """stop after so many validations without improvement"""
+    fast_path: bool = True
+    """rewrite convolutions as matrix products where that is faster"""
+    mapping: Mapping = "auto"
+    """how to map over tasks"""
+    set: UseAppendAction[tuple[str, ...]] = ()
+    """any setting of the experiment, such as `--set learner.remat=true`"""
+    json: Flag = False
+    """print the result as JSON"""
+
+    def __call__(self) -> None:
+        """Run it."""
+        from .training import train
+
+        train(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Score a run on test episodes: those of its own protocol, or others.
+
+    The best meta-parameters by validation are scored. Every run sees the same episodes.
+
+    For example:
+      adaptax evaluate runs/maml-omniglot-5w1s
+      adaptax evaluate runs/maml-omniglot-5w1s --no-transductive --episodes 1000 --json
+    """
+
+    run: Positional[str]
+    """folder of the run"""
+    episodes: Int = None
+    """number of episodes"""
+    steps: Int = None
+    """adaptation steps"""
+    split: Literal["test", "val"] = "test"
+    """whose episodes"""
+    transductive: bool = True
+    """predict the queries of an episode together, so that batch normalisation mixes them"""
+    data_root: Word = None
+    """folder of the data sets, if not the one that the run was trained from"""
+    json: Flag = False
+    """print the scores as JSON"""
+
+    def __call__(self) -> None:
+        """Run it."""
+        from .inspection import evaluate
+
+        evaluate(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Train several algorithms, test them on the same episodes, and set the papers' numbers beside.
+
+    Writes comparison.json, comparison.png, a run folder for each algorithm and, for sinusoids,
+    the adapted curves. The same command on the same folder goes on where it was interrupted.
+    Sinusoids are MAML's: trained with 10 shots for 70,000 meta-steps, tested with 5. Images are
+    trained briefly unless --steps says otherwise: 400 meta-steps of glyphs, 2,000 of other data.
+
+    For example:
+      adaptax compare sinusoid
+      adaptax compare glyphs --algorithms maml anil reptile --steps 300
+      adaptax compare omniglot --way 5 --shot 1 --steps 10000 --seeds 3
+    """
+
+    tasks: Family
+    """what to compare on"""
+    algorithms: tuple[str, ...] = ()
+    """which; by default maml, fomaml and reptile, and pretrained for sinusoids"""
+    way: OwnInt = None
+    """classes an episode (5 if not given)"""
+    shot: OwnInt = None
+    """support examples a class (1 if not given)"""
+    steps: OwnInt = None
+    """meta-steps"""
+    seeds: int = 1
+    """trainings of each algorithm"""
+    episodes: OwnInt = None
+    """test episodes (600 if not given; 2,000 sinusoids)"""
+    data_root: Word = None
+    """folder of the data sets, else ADAPTAX_DATA, else the user's cache"""
+    path: Word = None
+    """the images of the task family `folder`, a class a directory"""
+    out: Word = None
+    """folder to write, else runs/compare-TASKS"""
+    json: Flag = False
+    """print the comparison as JSON"""
+
+    def __call__(self) -> None:
+        """Run it."""
+        from .comparison import compare
+
+        compare(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipesList:
+    """List the recipes: one for each cell of the papers' tables, and short ones for a CPU.
+
+    For example:
+      adaptax recipes list
+      adaptax recipes list --json
+    """
+
+    json: Flag = False
+    """print them as JSON"""
+
+    def __call__(self) -> None:
+        """Run it."""
+        from .cookbook import show_all
+
+        show_all(self.json)
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipesShow:
+    """Show the settings of a recipe, and the Python that does the same.
+
+    For example:
+      adaptax recipes show maml-omniglot-5w1s
+    """
+
+    name: Positional[str]
+    """of the recipe"""
+    json: Flag = False
+    """print the settings alone, as JSON"""
+
+    def __call__(self) -> None:
+        """Run it."""
+        from .cookbook import show
+
+        show(self.name, self.json)
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipesRun:
+    """Train a recipe and test it as its paper does.
+
+    The result, in the run folder's test.json, says on what hardware and with which versions.
+
+    For example:
+      adaptax recipes run maml-omniglot-5w1s-short --data-root my/data
+    """
+
+    name: Positional[str]
+    """of the recipe"""
+    steps: OwnInt = None
+    """meta-steps, if not the recipe's"""
+    seed: int = 0
+    """names all randomness"""
+    data_root: Word = None
+    """folder of the data sets, else ADAPTAX_DATA, else the user's cache"""
+    run: Word = None
+    """folder to write, else runs/NAME"""
+    json: Flag = False
+    """print the result as JSON"""
+
+    def __call__(self) -> None:
+        """Run it."""
+        from .training import run_recipe
+
+        run_recipe(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Predict:
+    """Label images by a few examples: adapt a run to the folders of one, predict the other.
+
+    The support holds a folder of images for each class, as many as the run was trained for. The
+    images are resized and scaled as in training. Each query is predicted alone unless
+    --transductive.
+
+    For example:
+      adaptax predict runs/maml-omniglot-5w1s --support my/classes --query my/photos
+    """
+
+    run: Positional[str]
+    """folder of the run"""
+    support: str
+    """folder of folders of images, one a class"""
+    query: str
+    """folder of images"""
+    steps: OwnInt = None
+    """adaptation steps, if not the run's"""
+    transductive: bool = False
+    """predict the queries together, so that batch normalisation mixes them"""
+    invert: Flag = False
+    """the images are light where those of the run were dark"""
+    json: Flag = False
+    """print the predictions as JSON"""
+
+    def __call__(self) -> None:
+        """Run it."""
+        from .inspection import predict
+
+        predict(self)

@@ -1,0 +1,67 @@
+"""`adaptax recipes list` and `show`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.syntax import Syntax
+from rich.table import Table
+
+from ..recipes import RECIPES, Recipe
+from .settings import recipe
+from .training import consoles
+
+
+def show_all(as_json: bool) -> None:
+    """All recipes, a line each."""
+    if as_json:
+        print(json.dumps([_to_json(one) for one in RECIPES.values()], indent=2, ensure_ascii=False))
+        return
+    table = Table()
+    for heading in ("recipe", "about", "paper"):
+        table.add_column(heading, overflow="fold", no_wrap=heading == "recipe")
+    for one in RECIPES.values():
+        table.add_row(one.name, one.about, one.paper)
+    consoles()[0].print(table)
+
+
+def show(name: str, as_json: bool) -> None:
+    """One recipe: its settings, and Python that does the same."""
+    found = recipe(name)
+    if as_json:
+        print(json.dumps(_to_json(found), indent=2, ensure_ascii=False))
+        return
+    out = consoles()[0]
+    out.print(f"[bold]{found.name}[/bold]: {found.about}", soft_wrap=True)
+    out.print(f"paper: {found.paper}\n", soft_wrap=True)
+    for text, language in (
+        (json.dumps(found.experiment.to_json(), indent=2, ensure_ascii=False), "json"),
+        (python(found), "python"),
+    ):
+        plain = not out.is_terminal
+        out.print(text + "\n" if plain else Syntax(text + "\n", language), soft_wrap=True,
+                  markup=False)  # fmt: skip
+
+
+def python(found: Recipe) -> str:
+    """A script that trains and tests the recipe."""
+    return "\n".join(
+        [
+            "from adaptax.recipes import RECIPES",
+            "",
+            f'experiment = RECIPES["{found.name}"].experiment',
+            "splits = experiment.splits()",
+            "result = experiment.train(splits, validate=splits.val)",
+            "print(experiment.test(result.meta, experiment.splits(test=True)))",
+        ]
+    )
+
+
+def _to_json(one: Recipe) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "about": one.about,
+        "paper": one.paper,
+        "experiment": one.experiment.to_json(),
+    }

@@ -1,0 +1,169 @@
+"""What a finished run can do: `adaptax evaluate` and `adaptax predict`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
+
+from .. import report
+from ..evaluate import predict as predict_with
+from ..learner import Meta
+from ..recipes import Experiment
+from ..run import Run
+from ..task import Batch
+from ..tasks import images, sources
+from ..tasks.episodes import Design
+from ..tasks.mini_imagenet import IMAGENET_MEAN, IMAGENET_STD
+from ..tasks.sources import DataError
+from .commands import Evaluate, Predict
+from .facts import dump
+from .progress import scoring
+from .training import consoles, experiment_in
+
+
+def evaluate(asked: Evaluate) -> None:
+    """`adaptax evaluate`."""
+    out, progress = consoles()
+    experiment, meta, step, config = load(asked.run)
+    root = asked.data_root if asked.data_root is not None else config.get("data_root")
+    how: dict[str, Any] = {"transductive": asked.transductive}
+    if asked.episodes is not None:
+        how["episodes"] = asked.episodes
+    if asked.steps is not None:
+        how |= {"steps": asked.steps, "at": None}
+    episodes = how.get("episodes", experiment.evaluation.get("episodes", 600))
+    splits = experiment.splits(root, test=True)
+    with scoring(asked.split, episodes, progress) as watch:
+        scores = experiment.test(meta, splits, split=asked.split, watch=watch, **how)
+    if asked.json:
+        print(dump({**scores.to_json(), "run": asked.run, "meta_step": step}))
+        return
+    out.print(report.report_table(scores, f"{asked.run}, meta-step {step:,}"))
+    out.print(report.summary(scores), soft_wrap=True)
+
+
+def predict(asked: Predict) -> None:
+    """`adaptax predict`."""
+    experiment, meta, _, _ = load(asked.run)
+    if experiment.tasks == "sinusoid":
+        raise ValueError(f"{asked.run} was trained on sinusoids; predict wants a run on images")
+    form = image_format(experiment, asked.invert)
+    x, y, classes = _support(Path(asked.support), form, experiment.task["way"])
+    names, queries = _decode(Path(asked.query), form)
+    if asked.steps is not None:
+        experiment = dataclasses.replace(
+            experiment, learner={**experiment.learner, _steps_name(experiment): asked.steps}
+        )
+    learner = experiment.build_learner()
+    model = learner.adapt(meta, Batch(x, y), key=jax.random.key(0))
+    logits = predict_with(model, queries, x, transductive=asked.transductive)
+    p = jax.nn.softmax(logits)
+    found = np.asarray(p.mean(axis=0) if p.ndim == 3 else p)
+    rows = [
+        {
+            "file": name,
+            "label": classes[int(each.argmax())],
+            "probability": float(each.max()),
+            "probabilities": dict(zip(classes, map(float, each))),
+        }
+        for name, each in zip(names, found)
+    ]
+    if asked.json:
+        print(dump({"run": asked.run, "classes": classes, "transductive": asked.transductive,
+                    "predictions": rows}))  # fmt: skip
+        return
+    table = Table()
+    for heading in ("file", "label", "probability"):
+        table.add_column(heading, justify="right" if heading == "probability" else "left")
+    for row in rows:
+        table.add_row(row["file"], row["label"], f"{row['probability']:.3f}")
+    consoles()[0].print(table)
+
+
+def load(path: str) -> tuple[Experiment, Meta, int, dict[str, Any]]:
+    """A run's experiment, its best meta-parameters and their step, and its configuration.
+
+    Raises:
+        FileNotFoundError: if there is no run.
+        ValueError: if its files are broken or do not belong together.
+    """
+    run = Run(path)
+    config = run.config()
+    experiment = experiment_in(config, run.path)
+    meta, step = experiment.restore(run)
+    return experiment, meta, step, config
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFormat:
+    """How images become inputs of a network.
+
+    Args:
+        size: side in pixels.
+        channels: 1 or 3.
+        resample: filter.
+        design: scales, inverts and normalises.
+    """
+
+    size: int
+    channels: int
+    resample: str
+    design: Design
+
+
+def image_format(experiment: Experiment, invert: bool = False) -> ImageFormat:
+    """The format that the images of an experiment had in training.
+
+    Args:
+        experiment: on images.
+        invert: the other way round: for images that are light where those were dark.
+    """
+    task, tasks = experiment.task, experiment.tasks
+    protocol = task.get("protocol", "maml")
+    resample = task.get("resample") or (
+        "nearest" if tasks == "omniglot" and protocol == "reptile" else "lanczos"
+    )
+    size = task.get("image_size", 28 if tasks in ("omniglot", "glyphs") else 84)
+    channels = {"folder": task.get("channels", 3), "mini_imagenet": 3}.get(tasks, 1)
+    inverted = protocol == "maml" if tasks == "omniglot" else task.get("invert", False)
+    normal: dict[str, Any] = {}
+    if task.get("normalise"):
+        normal = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    design = Design(task["way"], 1, 0, invert=bool(inverted) != invert, **normal)
+    return ImageFormat(size, channels, resample, design)
+
+
+def _support(where: Path, form: ImageFormat, way: int) -> tuple[Any, Any, list[str]]:
+    """Inputs, labels and class names of a folder of class folders."""
+    if not where.is_dir():
+        raise FileNotFoundError(f"--support {where} is not a folder; expected one folder a class")
+    classes = sorted(p.name for p in where.iterdir() if p.is_dir() and p.name[0] != ".")
+    if len(classes) != way:
+        raise DataError(
+            f"{where} has {len(classes)} class folders, but the run was trained for {way} ways; "
+            f"give it {way}"
+        )
+    each = [_decode(where / name, form)[1] for name in classes]
+    labels = np.repeat(np.arange(way, dtype=np.int32), [len(x) for x in each])
+    return jnp.concatenate(each), jnp.asarray(labels), classes
+
+
+def _decode(where: Path, form: ImageFormat) -> tuple[list[str], Any]:
+    """Names and inputs of all images below a folder."""
+    with sources.open_files(where) as files:
+        names = [name for name in files.names if images.is_image(name)]
+        if not names:
+            raise DataError(f"{where} holds no images; expected files such as 01.png")
+        pixels = np.empty((len(names), form.size, form.size, form.channels), np.uint8)
+        images.decode_into(pixels, files, names, resample=form.resample)
+    return names, form.design.inputs(jnp.asarray(pixels))
+
+
+def _steps_name(experiment: Experiment) -> str:
+    return "inner_steps" if experiment.algorithm == "meta-sgd" else "eval_steps"

@@ -1,0 +1,89 @@
+"""The progress bar: loss, validation score, steps per second and time left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from ..report import number
+
+
+class Watcher:
+    """Follows a training; `fit(watch=...)` calls it with every new record.
+
+    Args:
+        bar: where to show it.
+        task: the line of the bar.
+    """
+
+    def __init__(self, bar: Progress, task: Any):
+        self.bar, self.task = bar, task
+        self.step, self.rate, self.validation = 0, 0.0, ""
+
+    def start(self, step: int) -> None:
+        """Begin at a step, for a resumed run."""
+        self.step = step
+        self.bar.update(self.task, completed=step)
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        """Show a record."""
+        now = max(record["step"] - self.step, 0) / max(record["seconds"], 1e-9)
+        # The first chunk compiles, so that its speed says nothing about the second.
+        first = self.rate == 0.0
+        self.rate = now if first or self.bar.tasks[0].fields["records"] < 2 else (
+            0.8 * self.rate + 0.2 * now)  # fmt: skip
+        self.step = record["step"]
+        for name, value in record.get("validation", {}).items():
+            if not name.endswith("_ci95"):
+                self.validation = f"val {name} {number(name, value)}"
+        total = self.bar.tasks[0].total or 0
+        left = (total - self.step) / self.rate if self.rate else 0.0
+        self.bar.update(
+            self.task,
+            completed=self.step,
+            records=self.bar.tasks[0].fields["records"] + 1,
+            status=f"loss {record['loss']:.4g}  {self.validation}  "
+            f"{self.rate:.3g} steps/s  {_clock(left)} left",
+        )
+
+
+@contextmanager
+def watching(title: str, steps: int, console: Console) -> Iterator[Watcher]:
+    """A progress bar on a terminal, and nothing elsewhere."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        yield Watcher(bar, bar.add_task(title, total=steps, status="compiling", records=0))
+
+
+@contextmanager
+def scoring(title: str, episodes: int, console: Console) -> Iterator[Any]:
+    """The same for the episodes of a test: yields what `evaluate(watch=...)` calls."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("episodes"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(title, total=episodes)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,316 @@
+"""Training runs: `adaptax train` and `adaptax recipes run`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from .. import io, report
+from ..evaluate import Report, predict
+from ..learner import Meta
+from ..recipes import TITLES, Experiment
+from ..run import Run
+from ..task import Splits
+from . import settings
+from .app import Interrupted
+from .commands import RecipesRun, Train
+from .facts import dump, facts
+from .progress import scoring, watching
+
+VERSION = 1
+"""Of config.json."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A finished training.
+
+    Args:
+        experiment: with the tuned step size, if it had one to tune.
+        meta: the best meta-parameters.
+        step: the step they are from.
+        stopped: why training ended.
+        history: its records.
+        test: distributions of the test protocol.
+    """
+
+    experiment: Experiment
+    meta: Meta
+    step: int
+    stopped: str
+    history: list[dict[str, Any]]
+    test: Splits
+
+    @property
+    def seconds(self) -> float:
+        """Of meta-training, validation not counted."""
+        return sum(record["seconds"] for record in self.history)
+
+
+def train(asked: Train) -> None:
+    """`adaptax train`."""
+    if asked.resume is not None:
+        _resume(asked)
+        return
+    experiment = settings.experiment_of(asked)
+    config = new_config(
+        experiment,
+        data_root=asked.data_root,
+        validate_every=asked.validate_every,
+        patience=asked.patience,
+        mapping=asked.mapping,
+        fast_path="auto" if asked.fast_path else False,
+    )
+    path = Path(asked.run) if asked.run else free_folder(_name(experiment))
+    _train_and_test(config, path, resume=False, as_json=asked.json)
+
+
+def run_recipe(asked: RecipesRun) -> None:
+    """`adaptax recipes run`."""
+    found = settings.recipe(asked.name)
+    changes = {"seed": asked.seed, "steps": asked.steps}
+    experiment = settings.changed(found.experiment, changes)
+    config = new_config(experiment, data_root=asked.data_root)
+    config |= {"recipe": found.name, "about": found.about, "paper": found.paper}
+    path = Path(asked.run) if asked.run else Path("runs", found.name)
+    _train_and_test(config, path, resume=False, as_json=asked.json)
+
+
+def new_config(experiment: Experiment, data_root: str | None, **training: Any) -> dict[str, Any]:
+    """The content of config.json: all that a run needs to be resumed or evaluated."""
+    root = None if data_root is None else str(Path(data_root).expanduser().resolve())
+    return {
+        "version": VERSION,
+        "command": shlex.join(["adaptax", *sys.argv[1:]]),
+        "data_root": root,
+        "training": {name: value for name, value in training.items() if value is not None},
+        "experiment": experiment.to_json(),
+    }
+
+
+def experiment_in(config: dict[str, Any], path: Path) -> Experiment:
+    """The experiment of a run, with the step size that was tuned in it.
+
+    Raises:
+        ValueError: if the configuration is not one of ours.
+    """
+    if not isinstance(config, dict) or "experiment" not in config:
+        raise ValueError(f"{path / 'config.json'} was not written by `adaptax train`")
+    return Experiment.from_json(config.get("tuned") or config["experiment"])
+
+
+def fit(config: dict[str, Any], path: Path, resume: bool, go_on: str, console: Console) -> Trained:
+    """Train in a folder as its configuration says, up to the choice of the step size.
+
+    Nothing is written before the data are read, and a folder is left only with a checkpoint.
+
+    Args:
+        config: content of config.json.
+        path: the run folder.
+        resume: go on with the run there.
+        go_on: the command that resumes it.
+        console: for progress.
+
+    Raises:
+        Interrupted: on Ctrl-C, with `go_on`.
+        ValueError: if the folder holds a run and `resume` is false, and what `fit` raises.
+    """
+    experiment, run = Experiment.from_json(config["experiment"]), Run(path)
+    if not resume and (run.checkpoint_file.exists() or (path / "config.json").exists()):
+        raise ValueError(
+            f"{path} already holds a run; go on with `adaptax train --resume {path}`, or choose "
+            "another folder"
+        )
+    splits = experiment.splits(config["data_root"])
+    test = experiment.splits(config["data_root"], test=True) if experiment.test_task else splits
+    title = f"{TITLES[experiment.algorithm]} on {experiment.tasks}"
+    stop = f"interrupted, and saved in {path}; go on with: {go_on}"
+    with _nothing_half_written(run), watching(title, experiment.steps, console) as watch:
+        if not resume:
+            run.write_config(config)
+        else:
+            watch.start(max((record["step"] for record in run.metrics()), default=0))
+        how = {"validation": _validation(experiment), **config["training"]}
+        result = experiment.train(
+            splits, run, validate=splits.val, watch=watch, resume=resume, **how
+        )
+    if result.stopped == "interrupted":
+        raise Interrupted(f"{stop} (meta-step {result.step:,} of {experiment.steps:,})")
+    with _afterwards(stop):
+        tuned = experiment.tuned(result.meta, test)
+    return Trained(tuned, result.meta, result.best_step, result.stopped, result.history, test)
+
+
+def pictures(trained: Trained, path: Path) -> list[str]:
+    """Write the plots of a run; returns their paths."""
+    experiment, learner = trained.experiment, trained.experiment.build_learner()
+    key, figures = jax.random.key(7), {"learning_curve": report.learning_curve(trained.history)}
+    if experiment.tasks == "sinusoid":
+        steps = (0, 1, experiment.learner.get("eval_steps", 10))
+        figures["adaptation"] = report.adaptation(
+            learner, trained.meta, trained.test.test, key=key, steps=steps,
+            title=f"{TITLES[experiment.algorithm]}, {trained.test.test.describe()['shot']}-shot",
+        )  # fmt: skip
+    else:
+        task = trained.test.test.sample(key)
+        model = learner.adapt(trained.meta, task.support, key=key)
+        logits = predict(
+            model, task.query.x, task.support.x, transductive=_transductive(experiment)
+        )
+        figures["episode"] = report.episode_sheet(task, logits)
+    return [str(save_figure(figure, path / f"{name}.png")) for name, figure in figures.items()]
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure."""
+    figure.savefig(path, dpi=160)
+    return path
+
+
+def free_folder(name: str) -> Path:
+    """`runs/name`, or the first of `runs/name-2`, … that does not exist."""
+    path, count = Path("runs", name), 1
+    while path.exists():
+        count += 1
+        path = Path("runs", f"{name}-{count}")
+    return path
+
+
+def consoles() -> tuple[Console, Console]:
+    """For results, on stdout, and for progress, on stderr."""
+    wide = None if sys.stdout.isatty() else 140
+    return Console(width=wide, highlight=False), Console(stderr=True, highlight=False)
+
+
+def _resume(asked: Train) -> None:
+    mine = {"algorithm", "tasks", "resume", "data_root", "json"}
+    for field in dataclasses.fields(Train):
+        if field.name not in mine and getattr(asked, field.name) != field.default:
+            raise ValueError(
+                "a run goes on with its own settings; leave out "
+                f"--{field.name.replace('_', '-')}, or start a new run"
+            )
+    path = Path(asked.resume or "")
+    config = Run(path).config()
+    experiment = experiment_in(config, path)
+    for what in ("algorithm", "tasks"):
+        if getattr(asked, what) not in (None, getattr(experiment, what)):
+            raise ValueError(
+                f"the run in {path} is of {experiment.algorithm} on {experiment.tasks}, not of "
+                f"{asked.algorithm} on {asked.tasks}"
+            )
+    if asked.data_root is not None:
+        config = {**config, "data_root": asked.data_root}
+    _train_and_test(config, path, resume=True, as_json=asked.json)
+
+
+def _train_and_test(config: dict[str, Any], path: Path, *, resume: bool, as_json: bool) -> None:
+    out, progress = consoles()
+    go_on = shlex.join(["adaptax", "train", "--resume", str(path)])
+    trained = fit(config, path, resume, go_on, progress)
+    experiment, run = trained.experiment, Run(path)
+    with _afterwards(f"interrupted after training, which is saved in {path}; test with: {go_on}"):
+        if experiment.tune:
+            run.write_config({**config, "tuned": experiment.to_json()})
+        reports = _test(trained, progress)
+        plots = pictures(trained, path)
+    result: dict[str, Any] = {
+        **reports["test"].to_json(),
+        "run": str(path),
+        "command": config["command"],
+        **{name: config[name] for name in ("recipe", "about", "paper") if name in config},
+        **facts(),
+        "training": {
+            "seconds": trained.seconds,
+            "steps": trained.history[-1]["step"],
+            "best_step": trained.step,
+            "stopped": trained.stopped,
+        },
+        "experiment": experiment.to_json(),
+        "plots": plots,
+    }
+    if "non_transductive" in reports:
+        result["non_transductive"] = reports["non_transductive"].to_json()
+    io.write_atomic(path / "test.json", (dump(result) + "\n").encode())
+    if as_json:
+        print(dump(result))
+        return
+    for name, scores in reports.items():
+        out.print(report.report_table(scores, name.replace("_", "-")))
+    out.print(report.summary(reports["test"]), soft_wrap=True)
+    if "paper" in config:
+        out.print(f"paper: {config['paper']}", soft_wrap=True)
+    out.print(
+        f"trained {trained.history[-1]['step']:,} meta-steps in {trained.seconds:.0f} s; the best "
+        f"by validation is of step {trained.step:,}",
+        soft_wrap=True,
+    )
+    out.print(f"run folder: {path} (test.json, {', '.join(os.path.basename(p) for p in plots)})",
+              soft_wrap=True)  # fmt: skip
+
+
+def _test(trained: Trained, console: Console) -> dict[str, Report]:
+    """Scores under the protocol; Reptile's paper reports both ways to predict."""
+    experiment = trained.experiment
+    ways: dict[str, dict[str, Any]] = {"test": {}}
+    if experiment.algorithm == "reptile" and experiment.tasks != "sinusoid":
+        ways["non_transductive"] = {"transductive": False}
+    reports = {}
+    for name, how in ways.items():
+        episodes = experiment.evaluation.get("episodes", 600)
+        with scoring(name.replace("_", "-"), episodes, console) as watch:
+            reports[name] = experiment.test(trained.meta, trained.test, watch=watch, **how)
+    return reports
+
+
+def _validation(experiment: Experiment) -> dict[str, Any]:
+    """How to validate: as in the test, but fewer episodes and the last step alone."""
+    steps = experiment.learner.get("eval_steps", experiment.learner.get("inner_steps", 1))
+    episodes = min(200, experiment.evaluation.get("episodes", 200))
+    return {"episodes": episodes, "at": [steps], "transductive": _transductive(experiment)}
+
+
+def _transductive(experiment: Experiment) -> bool:
+    return experiment.evaluation.get("transductive", True)
+
+
+def _name(experiment: Experiment) -> str:
+    cell = (
+        f"-{experiment.task['way']}w{experiment.task['shot']}s" if "way" in experiment.task else ""
+    )
+    return f"{experiment.algorithm}-{experiment.tasks}{cell}"
+
+
+@contextmanager
+def _nothing_half_written(run: Run) -> Iterator[None]:
+    """Removes a folder that was made here and has no checkpoint yet, when something fails."""
+    new = [path for path in (run.path, *run.path.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        if new and not run.checkpoint_file.exists():
+            shutil.rmtree(run.path, ignore_errors=True)
+            for parent in new[1:]:
+                if parent.is_dir() and not any(parent.iterdir()):
+                    parent.rmdir()
+        raise
+
+
+@contextmanager
+def _afterwards(message: str) -> Iterator[None]:
+    """Ctrl-C after training: nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(message) from None

@@ -1,0 +1,17 @@
+"""Plots and tables of what was learned: Matplotlib figures and Rich tables."""
+
+from .plots import comparison, learning_curve
+from .predictions import adaptation, adaptations, episode_sheet
+from .tables import comparison_table, number, report_table, summary
+
+__all__ = [
+    "adaptation",
+    "adaptations",
+    "comparison",
+    "comparison_table",
+    "episode_sheet",
+    "learning_curve",
+    "number",
+    "report_table",
+    "summary",
+]

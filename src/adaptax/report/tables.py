@@ -1,0 +1,90 @@
+"""Tables of scores for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from ..evaluate import Report
+from .style import scale
+
+
+def number(metric: str, mean: float, ci95: float | None = None) -> str:
+    """A score as it is printed: `98.72 ± 0.31 %`, `0.351 ± 0.012`.
+
+    Args:
+        metric: accuracies are shown in per cent.
+        mean: the score.
+        ci95: half its confidence interval, if there is one.
+    """
+    factor, unit = scale(metric), " %" if metric == "accuracy" else ""
+    if not math.isfinite(mean):
+        return str(mean)
+    digits = 2 if metric == "accuracy" else 3
+    shown = f"{factor * mean:.{digits}f}"
+    if ci95 is not None and math.isfinite(ci95):
+        shown += f" ± {factor * ci95:.{digits}f}"
+    return shown + unit
+
+
+def report_table(report: Report, title: str = "") -> Table:
+    """The metrics of a report after each of the scored steps."""
+    table = Table(title=title or None, title_justify="left")
+    table.add_column("steps", justify="right")
+    names = [report.primary, *(name for name in report.values if name != report.primary)]
+    for name in names:
+        table.add_column(name if name != report.primary else f"{name} ± 95 % CI", justify="right")
+    if report.bins is not None:
+        table.add_column("ece", justify="right")
+    last = len(report.at) - 1
+    for i, step in enumerate(report.at):
+        cells = [
+            number(report.primary, report.mean(report.primary, i), report.ci95(report.primary, i))
+        ]
+        cells += [f"{report.mean(name, i):.3f}" for name in names[1:]]
+        cells += [f"{report.ece(i):.3f}"] if report.bins is not None else []
+        table.add_row(
+            "–" if step is None else str(step), *cells, style="bold" if i == last else None
+        )
+    return table
+
+
+def summary(report: Report) -> str:
+    """The protocol that the score belongs to, in one line."""
+    words = [f"{name} {_plain(value)}" for name, value in report.protocol.items()]
+    bad = report.diverged()
+    return ", ".join(words) + (f"; {bad} episodes diverged" if bad else "")
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
+    """A row for each algorithm, the paper's number beside ours.
+
+    Args:
+        rows: each with `name`, `metric`, `scores` (`{heading: (mean, ci95)}`), `paper` and
+            `seconds` of training.
+        title: of the table.
+    """
+    metric = rows[0]["metric"]
+    headings = list(dict.fromkeys(heading for row in rows for heading in row["scores"]))
+    table = Table(title=title or None, title_justify="left")
+    table.add_column("algorithm")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    table.add_column("paper")
+    table.add_column("trained in", justify="right")
+    for row in rows:
+        cells = [
+            number(metric, *row["scores"][heading]) if heading in row["scores"] else ""
+            for heading in headings
+        ]
+        table.add_row(row["name"], *cells, row["paper"], f"{row['seconds']:.0f} s")
+    return table
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)

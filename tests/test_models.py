@@ -1,0 +1,201 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from adaptax import tree
+from adaptax.models import CONV4, MLP, BatchNorm, Conv2d, Conv4, Linear, max_pool
+from adaptax.models.layers import _INITIALIZERS
+
+KEY = jax.random.key(0)
+
+
+def numbers(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def close(a, b, tolerance=1e-5):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), tolerance, tolerance)
+
+
+def norm(size, shift, scale=None):
+    layer = BatchNorm(size, scale=scale is not None)
+    object.__setattr__(layer, "shift", jnp.asarray(shift))
+    if scale is not None:
+        object.__setattr__(layer, "scale", jnp.asarray(scale))
+    return layer
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (4, 5, 3), (3, 4, 5, 3)])
+@pytest.mark.parametrize("scale", [None, numbers(3, seed=2)])
+def test_batch_norm_is_its_formula(shape, scale):
+    # An offset of 1e3 standard deviations would cost E[x²] − E[x]² all its digits.
+    x, shift = 1e3 + numbers(*shape), numbers(3, seed=1)
+    axes = tuple(range(len(shape) - 1))
+    gain = 1 if scale is None else scale
+    expected = gain * (x - x.mean(axes)) / np.sqrt(x.var(axes) + 1e-3) + shift
+    with jax.enable_x64(True):
+        close(norm(3, shift, scale)(jnp.asarray(x)), expected, 1e-9)
+    exact = np.asarray(x, np.float32).astype(np.float64)  # as the layer sees x
+    expected = gain * (exact - exact.mean(axes)) / np.sqrt(exact.var(axes) + 1e-3) + shift
+    how = [None if a is None else np.asarray(a, np.float32) for a in (shift, scale)]
+    close(norm(3, *how)(jnp.asarray(x, jnp.float32)), expected, 2e-3)
+
+
+def test_batch_norm_gradient_is_that_of_finite_differences():
+    with jax.enable_x64(True):
+        x, layer = jnp.asarray(numbers(5, 2, 3)), norm(3, numbers(3), numbers(3, seed=1))
+        weights = jnp.asarray(numbers(5, 2, 3, seed=4))
+        scalar = jax.jit(lambda x, layer: jnp.sum(jnp.sin(layer(x)) * weights))
+        gx, glayer = jax.jit(jax.grad(scalar, (0, 1)))(x, layer)
+        h = 1e-6
+        for seed in range(3):
+            d = jnp.asarray(numbers(5, 2, 3, seed=10 + seed))
+            slope = (scalar(x + h * d, layer) - scalar(x - h * d, layer)) / (2 * h)
+            close(jnp.sum(gx * d), slope, 1e-7)
+        for name in ("shift", "scale"):
+            d = {"shift": np.zeros(3), "scale": np.zeros(3)} | {name: numbers(3, seed=20)}
+            moved = lambda s, d=d: norm(
+                3, layer.shift + s * d["shift"], layer.scale + s * d["scale"]
+            )
+            slope = (scalar(x, moved(h)) - scalar(x, moved(-h))) / (2 * h)
+            close(jnp.sum(getattr(glayer, name) * d[name]), slope, 1e-7)
+
+
+def test_batch_norm_second_derivative():
+    def plain(x, shift):
+        mean, variance = jnp.mean(x, 0), jnp.var(x, 0)
+        return (x - mean) / jnp.sqrt(variance + 1e-3) + shift
+
+    with jax.enable_x64(True):
+        x, shift = jnp.asarray(numbers(4, 2)), numbers(2)
+        ours = lambda x: jnp.sum(jnp.sin(norm(2, shift)(x)))
+        theirs = lambda x: jnp.sum(jnp.sin(plain(x, shift)))
+        close(jax.jit(jax.hessian(ours))(x), jax.jit(jax.hessian(theirs))(x), 1e-9)
+
+
+def test_batch_norm_does_not_see_shifts_and_scales_of_its_input():
+    x, layer = numbers(8, 3), BatchNorm(3, eps=0.0)
+    y = layer(jnp.asarray(x))
+    close(layer(jnp.asarray(5 - 3 * x)), -y, 1e-4)
+    close(jnp.mean(y, 0), np.zeros(3))
+    close(jnp.var(y, 0), np.ones(3), 1e-4)
+
+
+def test_batch_norm_declares_what_is_adapted():
+    chosen = lambda **how: tree.adaptable([BatchNorm(2, **how), jnp.ones(1)])[0]
+    assert chosen().shift is False
+    assert chosen(adapted=True).shift is True
+    assert chosen(adapted=True, scale=True).scale is True
+
+
+def windows(x, padding):
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), padding)
+
+
+@pytest.mark.parametrize("padding", ["VALID", "SAME"])
+@pytest.mark.parametrize("size", [(4, 6), (5, 6), (4, 7), (5, 3), (21, 21)])
+def test_max_pool_equals_reduce_window(size, padding):
+    x = jnp.asarray(numbers(2, *size, 3))
+    weights = jnp.asarray(numbers(*windows(x, padding).shape, seed=1))
+    run = lambda pool: jax.jit(
+        jax.value_and_grad(lambda x: jnp.sum(weights * pool(x, padding) ** 2))
+    )(x)
+    assert max_pool(x, padding).shape == weights.shape
+    (value, grad), (expected, expected_grad) = run(max_pool), run(windows)
+    close(value, expected)
+    close(grad, expected_grad)
+
+
+def test_conv2d_and_linear():
+    x, layer = jnp.asarray(numbers(2, 5, 6, 3)), Conv2d(3, 4, 2, key=KEY)
+    expected = lax.conv_general_dilated(
+        x, layer.weight, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    close(layer(x), expected)
+    limit = np.sqrt(6 / (9 * 3 + 9 * 4))
+    assert 0.9 * limit < np.abs(layer.weight).max() <= limit
+    line = Linear(3, 2, key=KEY)
+    x = jnp.asarray(numbers(4, 3))
+    close(line(x), x @ line.weight)
+    assert not line.bias.any()
+
+
+def test_initialisers():
+    spread = {"glorot": (2 / 300) ** 0.5, "he": (2 / 100) ** 0.5, "truncated": 0.01, "normal": 1.0}
+    assert set(spread) == set(_INITIALIZERS)
+    for init, sigma in spread.items():
+        weight = np.asarray(Linear(100, 200, key=KEY, init=init).weight)
+        close(weight.std(), sigma, 0.02)
+        assert abs(weight.mean()) < 0.02 * sigma
+
+
+SIZES = {  # features the head sees, parameters of 5-way networks
+    "maml omniglot": (64, 3 * 3 * 64 * (1 + 3 * 64) + 4 * 2 * 64 + 65 * 5),
+    "maml mini_imagenet": (800, 3 * 3 * 32 * (3 + 3 * 32) + 4 * 2 * 32 + 801 * 5),
+    "reptile omniglot": (256, 3 * 3 * 64 * (1 + 3 * 64) + 4 * 3 * 64 + 257 * 5),
+    "reptile mini_imagenet": (1152, 3 * 3 * 32 * (3 + 3 * 32) + 4 * 3 * 32 + 1153 * 5),
+}
+
+
+@pytest.mark.parametrize("name", CONV4)
+def test_conv4_of_the_papers(name):
+    features, parameters = SIZES[name]
+    model = Conv4(out=5, key=KEY, **CONV4[name])
+    x = jax.ShapeDtypeStruct((7, *model.image), jnp.float32)
+    assert jax.eval_shape(model, x).shape == (7, 5)
+    assert jax.eval_shape(model.features, x).shape == (7, features)
+    assert model.head.weight.shape == (features, 5)
+    assert tree.count(model) == parameters
+    spread = 1.0 if name == "maml omniglot" else (2 / (features + 5)) ** 0.5
+    close(model.head.weight.std(), spread, 0.1)
+
+
+def test_conv4_pools_before_or_after_relu_alike():
+    how = {"image": (21, 21, 2), "filters": 4, "head": "flatten", "padding": "SAME"}
+    x = jnp.asarray(numbers(3, 21, 21, 2))
+    before, after = (Conv4(out=5, key=KEY, down=down, **how) for down in ("pool-relu", "relu-pool"))
+    close(jax.jit(before)(x), jax.jit(after)(x))
+
+
+def test_conv4_says_which_images_it_wants():
+    model = Conv4(out=5, key=KEY, filters=2)
+    with pytest.raises(ValueError, match=r"\(28, 28, 1\).*was given \(84, 84, 3\)"):
+        model(jnp.ones((2, 84, 84, 3)))
+    with pytest.raises(ValueError, match="too small"):
+        Conv4(out=5, key=KEY, image=(8, 8, 1), down="relu-pool")
+    assert jax.eval_shape(
+        Conv4(out=5, key=KEY, image=(8, 8, 1)), jnp.ones((2, 8, 8, 1))
+    ).shape == (2, 5)  # fmt: skip
+
+
+def test_mlp_is_its_formula():
+    model = MLP(3, 2, (5, 4), key=KEY, activation=jnp.tanh)
+    x = jnp.asarray(numbers(6, 3))
+    h = x
+    for layer in model.layers:
+        h = jnp.tanh(h @ layer.weight + layer.bias)
+    close(model(x), h @ model.head.weight + model.head.bias)
+    assert tree.count(model) == 3 * 5 + 5 + 5 * 4 + 4 + 4 * 2 + 2
+
+
+def test_mlp_of_the_sinusoid_and_of_omniglot():
+    assert tree.count(MLP(1, 1, (40, 40), key=KEY)) == 80 + 1640 + 41
+    model = MLP(784, 5, (256, 128, 64, 64), key=KEY, batch_norm=True, init="truncated")
+    assert jax.eval_shape(model, jnp.ones((7, 28, 28, 1))).shape == (7, 5)
+    shapes = [layer.weight.shape for layer in (*model.layers, model.head)]
+    assert shapes == [(784, 256), (256, 128), (128, 64), (64, 64), (64, 5)]
+    assert len(model.norms) == 4
+    weight = np.asarray(model.layers[0].weight)
+    # JAX keeps the standard deviation at 0.01 after cutting at two standard deviations.
+    close(weight.std(), 0.01, 0.02)
+    assert np.abs(weight).max() <= 2 * 0.01 / 0.87962566103423978 + 1e-6
+
+
+def test_mlp_with_batch_norm_normalises_before_the_activation():
+    model = MLP(3, 2, (5,), key=KEY, batch_norm=True)
+    x = jnp.asarray(numbers(6, 3))
+    h = jax.nn.relu(model.norms[0](model.layers[0](x)))
+    close(model(x), model.head(h))
+    close(model(x), model(7 * x), 2e-2)
