@@ -11,7 +11,9 @@ mse, cross_entropy = ax.losses.mse, ax.losses.cross_entropy
 LEARNERS = {
     "MAML": lambda loss: ax.MAML(loss, 0.1, 2),
     "MAML schedule": lambda loss: ax.MAML(loss, lambda i: 0.1 / (i + 1), 2, remat=True),
-    "MAML Adam": lambda loss: ax.MAML(loss, inner_steps=2, inner_optimizer=ax.inner.adam(0.01)),
+    "MAML Adam": lambda loss: ax.MAML(
+        loss, inner_steps=2, inner_optimizer=ax.inner.adam(0.05, eps_root=0.01)
+    ),
     "FOMAML": lambda loss: ax.FOMAML(loss, 0.1, 3),
     "ANIL": lambda loss: ax.ANIL(loss, 0.1, 2),
     "Meta-SGD": lambda loss: ax.MetaSGD(loss, 0.1, 2),
@@ -28,22 +30,20 @@ LEARNERS = {
 
 
 class ConvNet(eqx.Module):
-    """Convolution, batch normalisation, tanh, twice; small and smooth."""
+    """Convolution, batch normalisation, tanh, spatial mean, linear head: small and smooth."""
 
-    convs: tuple[ax.models.Conv2d, ...]
-    norms: tuple[ax.models.BatchNorm, ...]
+    conv: ax.models.Conv2d
+    norm: ax.models.BatchNorm
     head: ax.models.Linear
 
     def __init__(self, key, out=2):
-        keys = jax.random.split(key, 3)
-        self.convs = (ax.models.Conv2d(1, 2, 2, key=keys[0]), ax.models.Conv2d(2, 3, 1, key=keys[1]))
-        self.norms = (ax.models.BatchNorm(2, scale=True, adapted=True), ax.models.BatchNorm(3))
-        self.head = ax.models.Linear(3, out, key=keys[2])
+        for_conv, for_head = jax.random.split(key)
+        self.conv = ax.models.Conv2d(1, 2, 2, key=for_conv)
+        self.norm = ax.models.BatchNorm(2, scale=True)
+        self.head = ax.models.Linear(2, out, key=for_head)
 
     def __call__(self, x):
-        for conv, norm in zip(self.convs, self.norms):
-            x = jnp.tanh(norm(conv(x)))
-        return self.head(jnp.mean(x, axis=(1, 2)))
+        return self.head(jnp.mean(jnp.tanh(self.norm(self.conv(x))), axis=(1, 2)))
 
 
 class Images(ax.TaskDistribution):

@@ -140,7 +140,8 @@ def _bind(equation: Any, values: list[Any]) -> list[Any]:
     primitive, params = equation.primitive, dict(equation.params)
     match primitive.name:
         case "conv_general_dilated" if _plain(equation):
-            return [_matmul_form(*values, params)]
+            x, kernel = values
+            return [_matmul_form(x, kernel, params)]
         case name if name in _JIT and _convolves(params["jaxpr"].jaxpr):
             return _evaluate(params["jaxpr"], values)
         case name if name in _CONTROL:

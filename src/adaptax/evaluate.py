@@ -256,13 +256,13 @@ class Evaluator:
             **({"nll_noise": self.noise} if regression else {}),
         }
 
-    def _load(self, start: int, chunk: int, key: PRNGKeyArray) -> tuple[PyTree, PRNGKeyArray]:
+    def _load(self, start: int, chunk: int, key: PRNGKeyArray) -> tuple[PyTree, Array]:
         index = jnp.minimum(jnp.arange(start, start + chunk), self.episodes - 1).astype(jnp.uint32)
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
         return feed.load(self.tasks, key, index), keys
 
     def _chunk(
-        self, meta: Meta, tasks: TaskDistribution, loaded: PyTree, keys: PRNGKeyArray
+        self, meta: Meta, tasks: TaskDistribution, loaded: PyTree, keys: Array
     ) -> dict[str, Array]:
         each = lambda xs: self._episode(meta, tasks, *xs)  # noqa: E731
         return jax.lax.map(each, (loaded, keys), batch_size=None if self._size == 1 else self._size)

@@ -79,7 +79,7 @@ def prefetch(tasks: TaskDistribution, jobs: Iterable[Callable[[], Any]]) -> Iter
 
 
 @eqx.filter_jit
-def _keys(split: str, key: PRNGKeyArray, episodes: Int[Array, " *shape"]) -> PRNGKeyArray:
+def _keys(split: str, key: PRNGKeyArray, episodes: Int[Array, " *shape"]) -> Array:
     one: Any = lambda i: episode_key(split, key, i)  # noqa: E731
     for _ in episodes.shape:
         one = jax.vmap(one)

@@ -36,9 +36,15 @@ def sgd(lr: Rate) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
 
 
-def adam(lr: float, b1: float = 0.0, b2: float = 0.999, eps: float = 1e-8) -> Any:
-    """Adam without momentum (`b1 = 0`): the inner rule of Reptile's experiments."""
-    return optax.adam(lr, b1=b1, b2=b2, eps=eps)
+def adam(
+    lr: float, b1: float = 0.0, b2: float = 0.999, eps: float = 1e-8, eps_root: float = 0.0
+) -> optax.GradientTransformation:
+    """Adam without momentum (`b1 = 0`): the inner rule of Reptile's experiments.
+
+    To differentiate through it, as MAML does, give `eps_root` a small positive value: the square
+    root in its denominator has no derivative where a gradient is zero.
+    """
+    return optax.adam(lr, b1=b1, b2=b2, eps=eps, eps_root=eps_root)
 
 
 class Descent(eqx.Module):

@@ -85,7 +85,7 @@ def meta_gradient(
         learner: any.
         meta: its meta-parameters.
         loaded: what tasks are made of, leading with the task axis: keys, say.
-        task: makes one task.
+        task: makes one task; a pytree, so that the arrays it needs reach every device.
         key: as in `meta_value_and_grad`, as are the rest.
         count: tasks in the meta-batch.
         progress: in `[0, 1]`.
@@ -93,33 +93,33 @@ def meta_gradient(
         mesh: of devices.
     """
     trained, fixed = eqx.partition(meta, eqx.is_inexact_array)
+    bank, make = eqx.partition(task, eqx.is_array)
 
-    def one(trained: PyTree, loaded: PyTree, key: PRNGKeyArray, progress: Any) -> Any:
+    def one(trained: PyTree, bank: PyTree, progress: Any, loaded: PyTree, key: Any) -> Any:
         def scalar(trained: PyTree) -> tuple[Array, dict[str, Array]]:
-            meta = eqx.combine(trained, fixed)
-            return learner.meta_loss(meta, task(loaded), key=key, progress=progress)
+            meta, task = eqx.combine(trained, fixed), eqx.combine(bank, make)(loaded)
+            return learner.meta_loss(meta, task, key=key, progress=progress)
 
         return jax.value_and_grad(scalar, has_aux=True)(trained)
 
-    def total(trained: PyTree, loaded: PyTree, keys: PRNGKeyArray, progress: Any) -> Any:
-        each = lambda loaded, key: one(trained, loaded, key, progress)  # noqa: E731
+    def total(trained: PyTree, bank: PyTree, progress: Any, loaded: PyTree, keys: Any) -> Any:
+        each = lambda loaded, key: one(trained, bank, progress, loaded, key)  # noqa: E731
         return sum_over(each, (loaded, keys), mapping)
 
-    keys = jax.random.split(key, count)
-    progress = jnp.asarray(progress, float)
+    arguments = (trained, bank, jnp.asarray(progress, float), loaded, jax.random.split(key, count))
     if mesh is None or mesh.size == 1:
-        out = total(trained, loaded, keys, progress)
+        out = total(*arguments)
     else:
         if count % mesh.size:
             raise ValueError(f"{mesh.size} devices do not divide a meta-batch of {count} tasks")
         axes = mesh.axis_names
         out = jax.shard_map(
-            lambda *args: jax.lax.psum(total(*args), axes),
+            lambda *arguments: jax.lax.psum(total(*arguments), axes),
             mesh=mesh,
-            in_specs=(P(), P(axes), P(axes), P()),
+            in_specs=(P(), P(), P(), P(axes), P(axes)),
             out_specs=P(),
             check_vma=False,
-        )(trained, loaded, keys, progress)
+        )(*arguments)
     return jax.tree.map(lambda leaf: leaf / count, out)
 
 

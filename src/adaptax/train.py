@@ -268,7 +268,7 @@ def _program(
             learner,
             eqx.combine(trained, fixed),
             loaded,
-            lambda one: feed.task(tasks, one),
+            jax.tree_util.Partial(feed.task, tasks),
             key=jax.random.fold_in(key, step),
             count=meta_batch,
             progress=step / steps,

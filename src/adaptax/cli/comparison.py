@@ -23,9 +23,10 @@ from .commands import Compare
 from .facts import dump, facts
 from .options import ALGORITHMS
 from .progress import scoring
-from .training import Trained, consoles, fit, free_folder, new_config, save_figure
+from .training import PICTURED, Trained, consoles, fit, free_folder, new_config, save_figure
 
 STEPS = {"sinusoid": 70_000, "glyphs": 400}
+EPISODES = {"sinusoid": 2_000, "glyphs": 300}
 SHORT = 2_000
 """Meta-steps of families that are not in `STEPS`."""
 
@@ -91,7 +92,9 @@ def _experiments(asked: Compare) -> dict[str, Experiment]:
             raise ValueError(f"{name!r} is no algorithm; there are {', '.join(ALGORITHMS)}")
     changes = {
         "steps": settings.or_else(asked.steps, STEPS.get(asked.tasks, SHORT)),
-        "evaluation": {"episodes": settings.or_else(asked.episodes, None if sinusoid else 600)},
+        "evaluation": {
+            "episodes": settings.or_else(asked.episodes, EPISODES.get(asked.tasks, 600))
+        },
     }
     way, shot = settings.or_else(asked.way, 5), settings.or_else(asked.shot, 1)
     return {
@@ -109,7 +112,8 @@ def _entry(
     for seed in range(asked.seeds):
         one = dataclasses.replace(experiment, seed=seed)
         folder = path / (name if asked.seeds == 1 else f"{name}-seed{seed}")
-        config, resume = new_config(one, asked.data_root), False
+        every = None if asked.tasks == "sinusoid" else max(one.steps // 4, 1)
+        config, resume = new_config(one, asked.data_root, validate_every=every), False
         if Run(folder).checkpoint_file.exists():
             before = Run(folder).config()
             if before.get("experiment") != config["experiment"]:
@@ -155,7 +159,7 @@ def _finish(entries: list[Entry], asked: Compare, path: Path, out: Console) -> N
             for entry in entries
         }
         tasks = entries[0].trained[0].test.test
-        figure = report.adaptations(learners, tasks, key=jax.random.key(7))
+        figure = report.adaptations(learners, tasks, key=jax.random.key(PICTURED))
         plots.append(save_figure(figure, path / "adaptation.png"))
     result = {
         "title": title,
@@ -200,8 +204,8 @@ def _row(entry: Entry) -> dict[str, Any]:
     for position, step in enumerate(entry.reports[0].at):
         if step in SHOWN:
             scores[f"{step} step{'s' * (step != 1)}"] = entry.score(position)
-        if step == own and experiment.tasks != "sinusoid":
-            scores["own protocol"] = entry.score(position)
+    if experiment.tasks != "sinusoid":
+        scores["own protocol"] = entry.score(entry.reports[0].at.index(own))
     return {
         "name": entry.name if "own protocol" not in scores else f"{entry.name} ({own} steps)",
         "metric": entry.reports[0].primary,

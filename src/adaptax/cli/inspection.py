@@ -65,7 +65,7 @@ def predict(asked: Predict) -> None:
     logits = predict_with(model, queries, x, transductive=asked.transductive)
     p = jax.nn.softmax(logits)
     found = np.asarray(p.mean(axis=0) if p.ndim == 3 else p)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "file": name,
             "label": classes[int(each.argmax())],

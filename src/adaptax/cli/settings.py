@@ -43,7 +43,7 @@ def experiment_of(asked: Train) -> Experiment:
         outer["adam"] = asked.outer_lr
         if asked.first_order and asked.algorithm != "fomaml":
             learner["first_order"] = True
-    changes = {
+    changes: dict[str, Any] = {
         "task": task,
         "test_task": {n: v for n, v in task.items() if n in experiment.test_task},
         "learner": learner,
@@ -109,8 +109,7 @@ def with_settings(experiment: Experiment, settings: Iterable[str]) -> Experiment
             value = json.loads(text)
         except json.JSONDecodeError:
             value = text
-        merged = {**getattr(experiment, section), key: value}
-        experiment = dataclasses.replace(experiment, **{section: merged})
+        experiment = changed(experiment, {section: {key: value}})
     return experiment
 
 

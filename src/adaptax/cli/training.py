@@ -31,6 +31,9 @@ from .progress import scoring, watching
 VERSION = 1
 """Of config.json."""
 
+PICTURED = 3
+"""Names the test task of the plots."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
@@ -155,7 +158,10 @@ def fit(config: dict[str, Any], path: Path, resume: bool, go_on: str, console: C
 def pictures(trained: Trained, path: Path) -> list[str]:
     """Write the plots of a run; returns their paths."""
     experiment, learner = trained.experiment, trained.experiment.build_learner()
-    key, figures = jax.random.key(7), {"learning_curve": report.learning_curve(trained.history)}
+    key, figures = (
+        jax.random.key(PICTURED),
+        {"learning_curve": report.learning_curve(trained.history)},
+    )
     if experiment.tasks == "sinusoid":
         steps = (0, 1, experiment.learner.get("eval_steps", 10))
         figures["adaptation"] = report.adaptation(
@@ -277,7 +283,7 @@ def _test(trained: Trained, console: Console) -> dict[str, Report]:
 def _validation(experiment: Experiment) -> dict[str, Any]:
     """How to validate: as in the test, but fewer episodes and the last step alone."""
     steps = experiment.learner.get("eval_steps", experiment.learner.get("inner_steps", 1))
-    episodes = min(200, experiment.evaluation.get("episodes", 200))
+    episodes = min(200, max(experiment.evaluation.get("episodes", 600) // 3, 1))
     return {"episodes": episodes, "at": [steps], "transductive": _transductive(experiment)}
 
 

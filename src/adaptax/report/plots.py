@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..evaluate import Report
-from .style import COLOURS, MARKERS, METRICS, canvas, scale
+from .style import COLOURS, MARKERS, METRICS, canvas, scale, styled
 
 
+@styled
 def learning_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
     """Meta-loss and validation score over the meta-steps of a training.
 
@@ -36,6 +37,7 @@ def learning_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+@styled
 def comparison(
     reports: Mapping[str, Report],
     *,
@@ -49,7 +51,7 @@ def comparison(
         paper: published scores, `{name: {steps: score}}`, drawn as crosses.
         title: of the plot.
     """
-    figure, axes = canvas(size=(5.6, 3.8))
+    figure, axes = canvas(size=(6.4, 3.6))
     ax = axes[0, 0]
     longest = 0
     metric = next(iter(reports.values())).primary
@@ -62,11 +64,12 @@ def comparison(
         ax.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
         longest = max(longest, int(steps[-1]))
         points = (paper or {}).get(name, {})
-        if points:
-            ax.plot(
-                list(points), [factor * value for value in points.values()], "x", color=colour,
-                markersize=8, markeredgewidth=1.8, zorder=4, label=f"{name}, paper",
-            )  # fmt: skip
+        ax.plot(
+            list(points), [factor * value for value in points.values()], "x", color=colour,
+            markersize=8, markeredgewidth=1.8, zorder=4,
+        )  # fmt: skip
+    if any((paper or {}).values()):
+        ax.plot([], [], "x", color="#555555", markersize=8, markeredgewidth=1.8, label="published")
     if longest > 15:
         ax.set_xscale("symlog", linthresh=1, linscale=0.5)
         ticks = [t for t in (0, 1, 2, 5, 10, 20, 50, 100) if t <= longest]
@@ -81,7 +84,7 @@ def comparison(
         _plain_log_ticks(ax)
     if title:
         ax.set_title(title, loc="left")
-    ax.legend(loc="best", fontsize=8)
+    figure.legend(loc="outside right center", title="mean and 95 % CI", title_fontsize=8)
     return figure
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from ..learner import Ensemble, Meta, MetaLearner
 from ..task import Batch, Task, TaskDistribution
-from .style import COLOURS, canvas
+from .style import COLOURS, canvas, styled
 
 GRID = 200
 SHOWN = (0, 1, 10)
@@ -50,6 +50,7 @@ def adaptation(
     return adaptations({title: (learner, meta)}, tasks, key=key, steps=steps)
 
 
+@styled
 def adaptations(
     learners: Mapping[str, tuple[MetaLearner, Meta]],
     tasks: TaskDistribution,
@@ -89,6 +90,7 @@ def adaptations(
     return figure
 
 
+@styled
 def episode_sheet(
     task: Task,
     predictions: Float[Array, "*particles n way"] | None = None,
@@ -115,11 +117,19 @@ def episode_sheet(
     shots = min(per_class, max(int(np.sum(support.labels == label)) for label in labels))
     queries = min(per_class, max(int(np.sum(query.labels == label)) for label in labels))
     probabilities = None if predictions is None else np.asarray(_probabilities(predictions))
-    # An empty column keeps support and queries apart.
-    widths = [1.0] * shots + [0.3] + [1.0] * queries
+    # An empty column keeps support and queries apart. Laid out by hand, in inches, since captions
+    # may be wider than the images they belong to.
+    widths = [1.0] * shots + [0.35] + [1.0] * queries
+    cell, gap = 0.8, 0.5 if probabilities is not None else 0.15
+    left, top = 0.2 + 0.075 * max(map(len, names)), 0.55
+    width, height = left + cell * 1.12 * sum(widths) + 0.15, top + len(labels) * (cell + gap)
     figure, axes = canvas(
-        len(labels), len(widths), (0.86, 0.98 if predictions is None else 1.06),
-        gridspec_kw={"width_ratios": widths},
+        len(labels), len(widths), (width / len(widths), height / len(labels)),
+        gridspec_kw={"width_ratios": widths}, layout="none",
+    )  # fmt: skip
+    figure.subplots_adjust(
+        left=left / width, right=1 - 0.15 / width, top=1 - top / height, bottom=0.1 / height,
+        wspace=0.12, hspace=gap / cell,
     )  # fmt: skip
     for ax in axes.flat:
         ax.set_axis_off()
@@ -139,16 +149,13 @@ def episode_sheet(
             _show(ax, query.pixels[i], COLOURS[2] if right else COLOURS[1])
             said = f"{probabilities[i][taken]:.0%}"
             ax.set_title(
-                said if right else f"{names[taken]}: {said}", fontsize=6.5, pad=2,
+                said if right else f"{names[taken]}?\n{said}", fontsize=7, pad=2, linespacing=1.0,
                 color="black" if right else COLOURS[1],
             )  # fmt: skip
-    axes[0, 0].annotate(
-        "support", (0, 1.3), xycoords="axes fraction", fontsize=9, fontweight="bold"
-    )
-    caption = "queries" if predictions is None else "queries, with what they were taken for"
-    axes[0, shots + 1].annotate(
-        caption, (0, 1.3), xycoords="axes fraction", fontsize=9, fontweight="bold"
-    )
+    caption = "queries" if predictions is None else "queries, and what they were taken for"
+    for column, text in ((0, "support"), (shots + 1, caption)):
+        x = axes[0, column].get_position().x0
+        figure.text(x, 1 - 0.08 / height, text, va="top", fontsize=9, fontweight="bold")
     return figure
 
 

@@ -1,0 +1,170 @@
+"""What the benchmarks share: workers in processes of their own, taking turns, and tables.
+
+Each implementation runs in its own process, so that peak memories do not add up, and each waits
+for its turn, so that a change in the machine's load falls on all of them alike.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+RESULTS = Path(__file__).parent / "results"
+
+
+def host_devices():
+    """Makes JAX see one CPU device for each core; to be called before JAX is imported."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={CORES}".strip()
+
+
+def say(**message):
+    """From a worker to the benchmark."""
+    print("@" + json.dumps(message), flush=True)
+
+
+def turn():
+    """In a worker: waits for its turn; whether there is one."""
+    return sys.stdin.readline().strip() == "go"
+
+
+def serve(run, **info):
+    """In a worker that is warm: does `run()` whenever its turn comes."""
+    say(**info)
+    forget_peak()
+    while turn():
+        start = time.perf_counter()
+        run()
+        say(seconds=time.perf_counter() - start)
+    farewell()
+
+
+def farewell():
+    """The last message of a worker."""
+    say(peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, running_mb=peak())
+
+
+def forget_peak():
+    """From here on, `peak` is that of what follows, where the system allows it."""
+    with contextlib.suppress(OSError):  # not Linux, or not allowed: the whole process's peak
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak():
+    """Peak resident memory in MB, since `forget_peak` where that works."""
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def resident():
+    """Resident memory in MB."""
+    return _status("VmRSS")
+
+
+def _status(name):
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+    except (OSError, StopIteration):
+        return 0.0
+
+
+class Worker:
+    """A benchmark's script, started again as `script --worker name`."""
+
+    def __init__(self, script, name):
+        self.name = name
+        self.process = subprocess.Popen(
+            [sys.executable, script, "--worker", name],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.info = self.hear()
+
+    def hear(self):
+        for line in self.process.stdout:
+            if line.startswith("@"):
+                return json.loads(line[1:])
+        raise RuntimeError(f"the worker {self.name} ended with {self.process.wait()}")
+
+    def go(self):
+        self.tell("go")
+        return self.hear()["seconds"]
+
+    def stop(self):
+        self.tell("stop")
+        last = self.hear()
+        self.process.communicate()
+        return last
+
+    def tell(self, word):
+        self.process.stdin.write(word + "\n")
+        self.process.stdin.flush()
+
+
+def take_turns(script, names, repeats):
+    """`{name: record}`, each with the seconds of its `repeats` turns and their median."""
+    workers = [Worker(script, name) for name in names]
+    seconds = {name: [] for name in names}
+    for _ in range(repeats):
+        for worker in workers:
+            seconds[worker.name].append(worker.go())
+    return {
+        w.name: {
+            **w.info,
+            **w.stop(),
+            "seconds": statistics.median(seconds[w.name]),
+            "all_seconds": [round(s, 5) for s in seconds[w.name]],
+        }
+        for w in workers
+    }
+
+
+def table(title, columns, rows):
+    """Prints a table; numbers to three digits."""
+    made = Table(title=title)
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        made.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row))
+    Console(width=120).print(made)
+
+
+def save(path, **content):
+    """Results as JSON, with what they were measured on."""
+    versions = {}
+    for name in ("adaptax", "jax", "jaxlib", "equinox", "optax", "flax", "torch", "numpy"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    record = {
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": {
+            "cpu": _cpu(), "cores": CORES, "machine": platform.machine(),
+            "load_average_before_the_end": round(os.getloadavg()[0], 2),
+        },
+        "versions": {"python": platform.python_version(), **versions},
+        **content,
+    }  # fmt: skip
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _cpu():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

@@ -1,0 +1,43 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import adaptax as ax
+from adaptax.losses import cross_entropy, mse
+
+predict = lambda x: x
+X = jax.random.normal(jax.random.key(0), (6, 3))
+
+
+def test_mse_by_numpy():
+    y = jnp.cos(X)
+    each = np.mean((np.asarray(X) - np.asarray(y)) ** 2, axis=1)
+    batch = ax.Batch(X, y)
+    assert np.isclose(mse(predict, batch), each.mean(), rtol=1e-6)
+    assert np.isclose(mse(predict, batch, reduction="sum"), each.sum(), rtol=1e-6)
+    assert np.isclose(mse(predict, ax.Batch(X[:, 0], y[:, 0])), np.mean((X - y)[:, 0] ** 2))
+
+
+def test_cross_entropy_by_numpy():
+    y = np.array([0, 1, 2, 0, 1, 2])
+    logits = np.asarray(X, np.float64)
+    each = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(6), y]
+    batch = ax.Batch(X, jnp.asarray(y))
+    for reduction, expected in {
+        "mean": each.mean(), "sum": each.sum(), "sum/shot": each.sum() / 2
+    }.items():  # fmt: skip
+        assert np.isclose(cross_entropy(predict, batch, reduction=reduction), expected, rtol=1e-5)
+
+
+def test_extreme_logits_stay_finite():
+    batch = ax.Batch(jnp.array([[1e4, -1e4]]), jnp.array([1]))
+    assert cross_entropy(predict, batch) == 2e4
+
+
+def test_shapes_that_would_broadcast_are_refused():
+    with pytest.raises(ValueError, match=r"predicts shape \(6, 3\) for targets of shape \(6,\)"):
+        mse(predict, ax.Batch(X, X[:, 0]))
+    for wrong in (jax.nn.one_hot(jnp.zeros(6, int), 3), jnp.zeros(5, int), jnp.zeros(6)):
+        with pytest.raises(ValueError, match="wants integer labels of shape \\(6,\\)"):
+            cross_entropy(predict, ax.Batch(X, wrong))
