@@ -44,9 +44,9 @@ def serve(run, **info):
     say(**info)
     forget_peak()
     while turn():
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         run()
-        say(seconds=time.perf_counter() - start)
+        say(seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu)
     farewell()
 
 
@@ -97,8 +97,10 @@ class Worker:
         raise RuntimeError(f"the worker {self.name} ended with {self.process.wait()}")
 
     def go(self):
+        """One turn: wall-clock seconds, and processor seconds, which other programs change less."""
         self.tell("go")
-        return self.hear()["seconds"]
+        heard = self.hear()
+        return heard["seconds"], heard["cpu_seconds"]
 
     def stop(self):
         self.tell("stop")
@@ -112,7 +114,7 @@ class Worker:
 
 
 def take_turns(script, names, repeats):
-    """`{name: record}`, each with the seconds of its `repeats` turns and their median."""
+    """`{name: record}`, each with the seconds of its `repeats` turns and their medians."""
     workers = [Worker(script, name) for name in names]
     seconds = {name: [] for name in names}
     for _ in range(repeats):
@@ -122,8 +124,9 @@ def take_turns(script, names, repeats):
         w.name: {
             **w.info,
             **w.stop(),
-            "seconds": statistics.median(seconds[w.name]),
-            "all_seconds": [round(s, 5) for s in seconds[w.name]],
+            "seconds": statistics.median(wall for wall, _ in seconds[w.name]),
+            "cpu_seconds": statistics.median(cpu for _, cpu in seconds[w.name]),
+            "all_seconds": [round(wall, 5) for wall, _ in seconds[w.name]],
         }
         for w in workers
     }
@@ -136,7 +139,7 @@ def table(title, columns, rows):
         made.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
         made.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row))
-    Console(width=120).print(made)
+    Console(width=130).print(made)
 
 
 def save(path, **content):
@@ -152,7 +155,7 @@ def save(path, **content):
         "date": time.strftime("%Y-%m-%d"),
         "hardware": {
             "cpu": _cpu(), "cores": CORES, "machine": platform.machine(),
-            "load_average_before_the_end": round(os.getloadavg()[0], 2),
+            "load_average": round(os.getloadavg()[0], 2),
         },
         "versions": {"python": platform.python_version(), **versions},
         **content,

@@ -3,7 +3,8 @@
 5-way 1-shot, 15 queries a class, 5 inner steps, 16 tasks; the four-block network with strides,
 biases, batch normalisation by the batch (shift only) and ReLU; every parameter adapted. All start
 from the same weights and see the same tasks, and their meta-gradients are compared, once in
-float64, where they must be equal, and in the float32 of the measurement.
+float64, where they must be equal, and in the float32 of the measurement. Ratios are to the faster
+of PyTorch with all cores and with one.
 
     python benchmarks/meta_step.py --json benchmarks/results/meta_step.json
 """
@@ -45,11 +46,11 @@ def tasks(dtype):
     return xs, labels, xq, np.repeat(labels, QUERY, axis=1)
 
 
-def run_torch(dtype):
+def run_torch(dtype, threads=measure.CORES):
     import torch
     import torch.nn.functional as F
 
-    torch.set_num_threads(measure.CORES)
+    torch.set_num_threads(threads)
     # Padding "SAME" puts an even image's extra row last, PyTorch's first: mirror the images and
     # the kernels, and the two networks are the same function.
     start = time.perf_counter()
@@ -85,7 +86,7 @@ def run_torch(dtype):
     value = step()
     first = time.perf_counter() - start
     grads = {name: from_torch(name, p.grad.numpy()) for name, p in params.items()}
-    return step, value, grads, {"compile_seconds": first, "devices": measure.CORES}
+    return step, value, grads, {"compile_seconds": first, "threads": threads}
 
 
 def to_torch(name, value):
@@ -192,6 +193,7 @@ def worker(name):
     dtype = np.float64 if name.endswith(EXACT) else np.float32
     step, value, grads, info = {
         "torch eager": lambda: run_torch(dtype),
+        "torch eager, one thread": lambda: run_torch(dtype, threads=1),
         "adaptax Conv4": lambda: run_adaptax(dtype, conv4),
         "adaptax Flax NNX": lambda: run_adaptax(dtype, flax),
         "adaptax Flax NNX, native": lambda: run_adaptax(dtype, flax, fast_path=False),
@@ -220,11 +222,14 @@ def main():
     args = parser.parse_args()
     if args.worker:
         return worker(args.worker)
-    names = IMPLEMENTATIONS + ["adaptax Flax NNX, native"] * args.native
+    names = [*IMPLEMENTATIONS, "torch eager, one thread"] + [
+        "adaptax Flax NNX, native"
+    ] * args.native
     for name in IMPLEMENTATIONS:
         measure.Worker(__file__, name + EXACT).stop()
     results = measure.take_turns(__file__, names, args.repeats)
-    base = results["torch eager"]["seconds"]
+    # Beside a busy neighbour, PyTorch's threads wait for each other, and one of them is faster.
+    base = min(r["seconds"] for name, r in results.items() if name.startswith("torch"))
     for name, record in results.items():
         record["times_faster_than_torch"] = base / record["seconds"]
         record["gradient_difference_float32"] = disagreement(name, "")
@@ -232,11 +237,11 @@ def main():
             record["gradient_difference_float64"] = disagreement(name, EXACT)
     measure.table(
         "Second-order MAML meta-step, Omniglot conv4, 16 tasks, 5 steps",
-        ["", "s / step", "× torch", "first call s", "peak MB", "of it running",
+        ["", "s / step", "processor s", "× best torch", "first call s", "peak MB", "of it running",
          "Δ gradient", "in float64"],
         [
-            (name, r["seconds"], r["times_faster_than_torch"], r["compile_seconds"],
-             round(r["peak_mb"]), round(r["running_mb"]),
+            (name, r["seconds"], r["cpu_seconds"], r["times_faster_than_torch"],
+             r["compile_seconds"], round(r["peak_mb"]), round(r["running_mb"]),
              f"{r['gradient_difference_float32']:.0e}",
              f"{r['gradient_difference_float64']:.0e}" if name in IMPLEMENTATIONS else "")
             for name, r in results.items()

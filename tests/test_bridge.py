@@ -313,8 +313,8 @@ def meta_train(module, tasks, steps):
     learner = ax.MAML(ax.losses.cross_entropy, inner_lr=0.4, inner_steps=1)
     model = from_torch(module)
     result = ax.fit(
-        learner, model, tasks.train, steps=steps, meta_batch=4, chunk=steps // 2, fast_path=True,
-        key=jax.random.key(0),
+        learner, model, tasks.train, steps=steps, meta_batch=4, chunk=steps // 2,
+        fast_path=True, devices=1, key=jax.random.key(0),
     )  # fmt: skip
     losses = [record["loss"] for record in result.history]
     assert losses[-1] < losses[0]
@@ -346,4 +346,4 @@ def test_meta_training_on_omniglot(tmp_path, monkeypatch):
         nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
         nn.Flatten(), nn.Linear(8 * 7 * 7, 5),
     )  # fmt: skip
-    meta_train(net, tasks, 30)
+    meta_train(net, tasks, 20)

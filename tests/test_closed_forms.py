@@ -35,8 +35,8 @@ def well(matrix, centre):
 def gradient(learner, theta, *tasks, key=KEY):
     """Meta-gradient at θ, the mean over the tasks."""
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tasks)
-    _, grads = ax.meta_value_and_grad(learner, point(theta), stacked, key=key)
-    return grads.params
+    run = jax.jit(lambda: ax.meta_value_and_grad(learner, point(theta), stacked, key=key)[1].params)
+    return run()
 
 
 def random_well(seed, d=3):
@@ -137,8 +137,8 @@ def test_a_rectified_net_has_curvature():
     tasks = jax.vmap(ax.tasks.sinusoid().train.sample)(jax.random.split(KEY, 2))
     norms = []
     for learner in (ax.MAML(ax.losses.mse, 0.05), ax.FOMAML(ax.losses.mse, 0.05)):
-        _, grads = ax.meta_value_and_grad(learner, model, tasks, key=KEY)
-        norms.append(grads)
+        run = eqx.filter_jit(ax.meta_value_and_grad)
+        norms.append(run(learner, model, tasks, key=KEY)[1])
     exact, first = (jax.flatten_util.ravel_pytree(g)[0] for g in norms)
     assert jnp.linalg.norm(exact - first) > 1e-3 * jnp.linalg.norm(exact)
 
@@ -361,9 +361,9 @@ def test_the_outer_rate_falls_linearly_to_zero():
     for _ in range(20):
         update, state = rule.update(jnp.ones(1), state)
         seen.append(-float(update[0]))
-    assert np.allclose(seen, 0.5 * (1 - np.arange(20) / 20), rtol=1e-12)
+    assert np.allclose(seen, 0.5 * (1 - np.arange(20) / 20), rtol=1e-6)
     assert math.isclose(seen[0], 0.5)
-    assert math.isclose(seen[-1], 0.5 / 20, rel_tol=1e-9)
+    assert math.isclose(seen[-1], 0.5 / 20, rel_tol=1e-5)
 
 
 def test_a_sum_over_shots_scales_the_rate_by_the_ways():

@@ -25,7 +25,7 @@ def meta_batch(n=4):
 def gradient(learner, model=None, tasks=None, **how):
     meta = learner.init(tanh_net() if model is None else model, key=KEY)
     tasks = meta_batch() if tasks is None else tasks
-    return ax.meta_value_and_grad(learner, meta, tasks, key=KEY, **how)[1]
+    return eqx.filter_jit(lambda: ax.meta_value_and_grad(learner, meta, tasks, key=KEY, **how)[1])()
 
 
 def assert_close(a, b, rtol=1e-11):
@@ -38,7 +38,7 @@ def joint(source):
     """Gradient of the mean loss over all tasks, without any adaptation."""
     tasks = meta_batch()
     loss = lambda m: jnp.mean(jax.vmap(lambda b: mse(m, b))(getattr(tasks, source)))
-    return eqx.filter_grad(loss)(tanh_net())
+    return eqx.filter_jit(eqx.filter_grad(loss))(tanh_net())
 
 
 @pytest.mark.parametrize("make", [ax.MAML, ax.FOMAML])
@@ -98,7 +98,6 @@ def test_batch_norm_is_adapted_only_on_request():
 
 @pytest.mark.parametrize("learner", [ax.MAML(mse, 0.1, 3), ax.Reptile(mse, 0.1, 3, inner_batch=2)])
 def test_every_way_of_mapping_gives_one_gradient(learner):
-    @eqx.filter_jit
     def grads(mapping, devices):
         return gradient(learner, mapping=mapping, mesh=local_mesh(4, devices))
 
@@ -113,7 +112,7 @@ def test_remat_changes_nothing():
 
 
 def test_wrong_mappings_are_refused():
-    for wrong in ("both", 0, -1):
+    for wrong in (0, -1):
         with pytest.raises(ValueError, match="mapping is"):
             gradient(ax.MAML(mse), mapping=wrong)
     with pytest.raises(ValueError, match="do not divide a meta-batch of 3"):

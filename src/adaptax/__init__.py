@@ -1,9 +1,12 @@
 """Meta-learning of the MAML family in JAX: short, faithful, fast."""
 
-from . import conv, inner, io, losses, metrics, models, tasks, tree
+from typing import Any
+
+from . import conv, inner, io, losses, metrics, models, tasks, testing, tree
 from .algorithms.maml import ANIL, FOMAML, MAML, MetaSGD
 from .algorithms.reptile import Reptile
-from .evaluate import Report, evaluate, predict
+from .bridge import from_torch, to_torch
+from .evaluate import Evaluator, Report, evaluate, predict
 from .io import load, save
 from .learner import Ensemble, Functional, MetaLearner
 from .losses import Loss
@@ -28,6 +31,7 @@ __all__ = [
     "MAML",
     "Batch",
     "Ensemble",
+    "Evaluator",
     "Functional",
     "HostTaskDistribution",
     "Loss",
@@ -46,6 +50,7 @@ __all__ = [
     "conv",
     "evaluate",
     "fit",
+    "from_torch",
     "inner",
     "io",
     "load",
@@ -56,5 +61,16 @@ __all__ = [
     "predict",
     "save",
     "tasks",
+    "testing",
+    "to_torch",
     "tree",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`report`, whose plots load Matplotlib, when it is asked for."""
+    if name == "report":
+        import importlib
+
+        return importlib.import_module(".report", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

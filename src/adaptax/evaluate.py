@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from . import feed, io, metrics
+from . import feed, io, metrics, tree
 from .conv import FastPath, fast
 from .learner import Ensemble, Meta, MetaLearner
 from .mapping import Mapping, chunk_size, with_fast_path
@@ -247,6 +247,7 @@ class Evaluator:
         particles = self._facts["particles"]
         return {
             **self.learner.describe(),
+            "backbone": self._facts["backbone"],
             **self.tasks.describe(),
             "episodes": self.episodes,
             "steps": self._facts["at"][-1],
@@ -283,6 +284,7 @@ class Evaluator:
         query = task.query.draw(before, query_key)
         self._facts["at"] = chosen if length > 1 else [None]
         self._facts["particles"] = before.particles if isinstance(before, Ensemble) else 1
+        self._facts["backbone"] = _backbone(before)
 
         def scores(arrays: PyTree) -> dict[str, Array]:
             predictions = predict(
@@ -324,6 +326,13 @@ def predict(
 
     # Sixteen at a time bounds memory and keeps the matrix products large.
     return jnp.moveaxis(jax.lax.map(alone, x, batch_size=16), 0, axis)
+
+
+def _backbone(model: Model) -> str:
+    """The kind of network and its size."""
+    particles = model.particles if isinstance(model, Ensemble) else 1
+    kind = type(model.models if isinstance(model, Ensemble) else model).__name__
+    return f"{kind}, {tree.count(model) // particles:,} parameters"
 
 
 def _chosen(length: int, at: Sequence[int] | None) -> list[int]:

@@ -9,12 +9,12 @@ from typing import Any
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Integer, PRNGKeyArray, PyTree
 
 from .task import HostTaskDistribution, Task, TaskDistribution, episode_key
 
 
-def load(tasks: TaskDistribution, key: PRNGKeyArray, episodes: Int[Array, " *shape"]) -> PyTree:
+def load(tasks: TaskDistribution, key: PRNGKeyArray, episodes: Integer[Array, " *shape"]) -> PyTree:
     """What a compiled program needs of these episodes: their keys, or their fetched data.
 
     Args:
@@ -79,7 +79,7 @@ def prefetch(tasks: TaskDistribution, jobs: Iterable[Callable[[], Any]]) -> Iter
 
 
 @eqx.filter_jit
-def _keys(split: str, key: PRNGKeyArray, episodes: Int[Array, " *shape"]) -> Array:
+def _keys(split: str, key: PRNGKeyArray, episodes: Integer[Array, " *shape"]) -> Array:
     one: Any = lambda i: episode_key(split, key, i)  # noqa: E731
     for _ in episodes.shape:
         one = jax.vmap(one)

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Int, Integer, PRNGKeyArray, PyTree
 
 Model = Any
 """Any callable pytree, `model(x) -> predictions`, whose parameters are its inexact arrays."""
@@ -154,7 +154,7 @@ class Splits(eqx.Module):
         return self.train.sample(key)
 
 
-def episode_key(split: str, key: PRNGKeyArray, i: int | Int[Array, ""]) -> PRNGKeyArray:
+def episode_key(split: str, key: PRNGKeyArray, i: int | Integer[Array, ""]) -> PRNGKeyArray:
     """The key of episode `i`: a function of (key, split, i) and of nothing else.
 
     Two splits never share a stream, so a seed that is used for training and for test does not

@@ -281,7 +281,7 @@ def _program(
         kept = jax.tree.map(
             lambda new, old: jnp.where(good, new, old), new, (step, trained, opt_state)
         )
-        return (kept, good), {"loss": loss, "gradient_norm": optax.global_norm(grads), **metrics}
+        return (kept, good), {"loss": loss, "gradient_norm": tree.norm(grads), **metrics}
 
     @eqx.filter_jit(donate="all-except-first")
     def program(

@@ -113,3 +113,9 @@ def finite(tree: PyTree) -> Bool[Array, ""]:
     """Whether every inexact array of the tree is finite."""
     leaves = jax.tree.leaves(parameters(tree))
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+
+def norm(tree: PyTree) -> Float[Array, ""]:
+    """`‖x‖` over the inexact arrays of a tree."""
+    squares = (jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(parameters(tree)))
+    return jnp.sqrt(sum(squares, jnp.zeros(())))

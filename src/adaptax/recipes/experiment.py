@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -195,7 +194,9 @@ class Experiment:
         tasks = {"test": splits.test, "val": splits.val}[split]
         # A stream apart from training's, and the same for every experiment.
         report = Evaluator(self.build_learner(), tasks, **how)(meta, key=jax.random.key(2**31))
-        protocol = {**report.protocol, "algorithm": TITLES[self.algorithm]}
+        protocol = {
+            **report.protocol, "algorithm": TITLES[self.algorithm], "trained_on": "train"
+        }  # fmt: skip
         return dataclasses.replace(report, protocol=protocol)
 
     def tuned(self, meta: Meta, splits: Splits) -> Experiment:
@@ -229,7 +230,8 @@ class Experiment:
 def _call(function: Callable[..., Any], arguments: Mapping[str, Any], what: str) -> Any:
     """`function(**arguments)`, its complaint about their names in words."""
     try:
-        inspect.signature(function).bind(**arguments)
+        return function(**arguments)
     except TypeError as error:
-        raise ValueError(f"{what}: {error}") from None
-    return function(**arguments)
+        if "argument" not in str(error):
+            raise
+        raise ValueError(f"{what}: {error}") from error

@@ -1,0 +1,401 @@
+"""The command line: every command end to end, every error in one sentence, nothing half-written."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+import adaptax
+from adaptax.cli import commands, main, options
+from adaptax.cli.inspection import image_format, load
+from adaptax.cli.progress import watching
+from adaptax.recipes import ALGORITHMS, RECIPES, TASKS, book
+from adaptax.tasks import glyphs, images
+
+SINE = ["train", "maml", "sinusoid", "--steps", "20", "--episodes", "6", "--set",
+        "network.mlp=[8]", "--validate-every", "10"]  # fmt: skip
+GLYPHS = ["glyphs", "--steps", "2", "--meta-batch", "1", "--episodes", "2", "--way", "3",
+          "--query", "2", "--set", "network.filters=4"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """An empty working directory, and an environment that the commands leave as it was."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
+    monkeypatch.delenv("ADAPTAX_DEBUG", raising=False)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def image_run(tmp_path_factory):
+    """A run on images, barely trained."""
+    path = tmp_path_factory.mktemp("images") / "run"
+    words = ["--inner-steps", "1", "--eval-steps", "1", "--run", str(path)]
+    assert main(["train", "reptile", *GLYPHS, *words]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def sine_run(tmp_path_factory):
+    """A run on sinusoids, barely trained."""
+    path = tmp_path_factory.mktemp("sines") / "run"
+    assert main([*SINE, "--run", str(path)]) == 0
+    return path
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], ["train"], ["evaluate"], ["compare"], ["predict"], ["recipes"],
+     ["recipes", "list"], ["recipes", "show"], ["recipes", "run"]],
+)  # fmt: skip
+def test_every_help_has_an_example(words, capsys):
+    assert main([*words, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "For example:" in text
+    assert f"adaptax {' '.join(words)}".strip() in text.split("For example:")[1]
+
+
+def test_choices_are_those_of_the_recipes():
+    assert tuple(ALGORITHMS) == options.ALGORITHMS
+    assert tuple(TASKS) == options.FAMILIES
+
+
+def test_train_writes_a_run_and_prints_where(capsys, here):
+    assert main(SINE) == 0
+    shown = capsys.readouterr()
+    run = here / "runs" / "maml-sinusoid"
+    assert "runs/maml-sinusoid" in shown.out
+    assert "mse" in shown.out
+    assert shown.err == ""  # no terminal, no progress
+    names = {path.name for path in run.iterdir()}
+    assert {"config.json", "metrics.jsonl", "checkpoint.safetensors", "test.json",
+            "learning_curve.png", "adaptation.png"} <= names  # fmt: skip
+    assert any(name.startswith("events.") for name in names)
+    config, result = (json.loads((run / n).read_text()) for n in ("config.json", "test.json"))
+    assert config["experiment"]["steps"] == 20
+    assert result["protocol"]["shot"] == 5
+    assert result["training"]["steps"] == 20
+    assert result["versions"]["jax"] == jax.__version__
+
+
+def test_a_second_run_gets_a_folder_of_its_own(here, capsys):
+    (here / "runs" / "maml-sinusoid").mkdir(parents=True)
+    assert main([*SINE, "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["run"] == "runs/maml-sinusoid-2"
+
+
+def test_interrupted_and_resumed_is_uninterrupted(sine_run, here, capsys, monkeypatch):
+    words = ["train", "maml", "sinusoid", "--steps", "600", "--episodes", "6"]
+    assert main([*words, "--run", "whole"]) == 0
+    from adaptax.cli.progress import Watcher
+
+    plain = Watcher.__call__
+
+    def press(self, record):
+        plain(self, record)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Watcher, "__call__", press)
+    capsys.readouterr()
+    assert main([*words, "--run", "parts"]) == 130
+    assert "adaptax train --resume parts" in capsys.readouterr().err
+    assert not (here / "parts" / "test.json").exists()
+    monkeypatch.setattr(Watcher, "__call__", plain)
+    assert main(["train", "--resume", "parts", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["training"]["steps"] == 600
+    whole, parts = (load(name)[1] for name in ("whole", "parts"))
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts)):
+        if hasattr(a, "shape"):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_ctrl_c_in_a_process(here):
+    command = "import sys; from adaptax.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = ["train", "maml", "sinusoid", "--steps", "10000000", "--run", "long"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", command, *words], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (here / "long" / "checkpoint.safetensors").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "adaptax train --resume long" in err
+    assert "Traceback" not in err
+
+
+def test_resume_refuses_other_settings(sine_run, capsys):
+    assert main(["train", "--resume", str(sine_run), "--steps", "40"]) == 2
+    assert "--steps" in capsys.readouterr().err
+    assert main(["train", "reptile", "sinusoid", "--resume", str(sine_run)]) == 2
+    assert "maml on sinusoid" in capsys.readouterr().err
+
+
+def test_evaluate(sine_run, capsys):
+    words = ["evaluate", str(sine_run), "--episodes", "5", "--steps", "3", "--json"]
+    assert main(words) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["protocol"]["episodes"] == 5
+    assert [row["step"] for row in result["curve"]] == [0, 1, 2, 3]
+    assert main([*words, "--split", "val"]) == 0
+    assert json.loads(capsys.readouterr().out)["protocol"]["split"] == "val"
+
+
+def test_evaluate_scores_what_training_scored(sine_run, capsys):
+    assert main(["evaluate", str(sine_run), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["result"] == json.loads((sine_run / "test.json").read_text())["result"]
+
+
+def test_images_are_scored_both_ways_for_reptile(image_run, capsys):
+    result = json.loads((image_run / "test.json").read_text())
+    assert result["protocol"]["transductive"] is True
+    assert result["non_transductive"]["protocol"]["transductive"] is False
+    assert (image_run / "episode.png").stat().st_size > 1000
+    assert main(["evaluate", str(image_run), "--no-transductive"]) == 0
+    assert "transductive no" in capsys.readouterr().out
+
+
+def write_images(folder, episode):
+    """The support and queries of an episode as image files."""
+    for part in ("support", "query"):
+        batch = getattr(episode, part)
+        for i, (x, y) in enumerate(zip(np.asarray(batch.x), np.asarray(batch.y))):
+            path = folder / part / f"c{y}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.uint8(np.round(255 * x[..., 0]))).save(path)
+
+
+def test_predict(image_run, here, capsys):
+    episode = glyphs(3, 2, 2).test.sample(jax.random.key(0))
+    write_images(here, episode)
+    words = ["predict", str(image_run), "--support", "support", "--query", "query"]
+    assert main([*words, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["classes"] == ["c0", "c1", "c2"]
+    assert [row["file"] for row in result["predictions"]][:2] == ["c0/0.png", "c0/1.png"]
+    experiment, meta, _, _ = load(str(image_run))
+    learner = experiment.build_learner()
+    model = learner.adapt(meta, episode.support, key=jax.random.key(0))
+    logits = adaptax.predict(model, episode.query.x, episode.support.x, transductive=False)
+    expected = jax.nn.softmax(logits)
+    for row, p in zip(result["predictions"], expected):
+        assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        np.testing.assert_allclose(list(row["probabilities"].values()), p, rtol=1e-4, atol=1e-6)
+    assert main([*words, "--transductive", "--steps", "2"]) == 0
+    assert "c0/0.png" in capsys.readouterr().out
+
+
+def test_images_are_prepared_as_in_training(here):
+    experiment = book.closest("maml", "omniglot")
+    form = image_format(experiment)
+    assert (form.size, form.channels, form.resample, form.design.invert) == (28, 1, "lanczos", True)
+    assert not image_format(experiment, invert=True).design.invert
+    form = image_format(book.closest("reptile", "omniglot"))
+    assert (form.resample, form.design.invert) == ("nearest", False)
+    form = image_format(book.closest("reptile", "mini_imagenet"))
+    assert (form.size, form.channels, form.resample) == (84, 3, "bicubic")
+    Image.fromarray(np.full((50, 30), 255, np.uint8)).save(here / "white.png")
+    data = (here / "white.png").read_bytes()
+    form = image_format(experiment)
+    pixels = images.decode(data, "white.png", size=form.size, channels=form.channels)
+    assert float(form.design.inputs(jax.numpy.asarray(pixels)).max()) == 0.0
+
+
+def test_compare_trains_tests_and_goes_on(here, capsys):
+    words = ["compare", "sinusoid", "--algorithms", "maml", "pretrained", "--steps", "10",
+             "--episodes", "5", "--out", "both"]  # fmt: skip
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "0.67 / 0.38 / 0.35" in text
+    assert "Pretrained" in text
+    both = here / "both"
+    assert {"comparison.json", "comparison.png", "adaptation.png", "maml", "pretrained"} == {
+        path.name for path in both.iterdir()
+    }
+    before = (both / "maml" / "metrics.jsonl").read_text()
+    first = json.loads((both / "comparison.json").read_text())
+    tuned = json.loads((both / "pretrained" / "config.json").read_text())["tuned"]
+    assert tuned["learner"]["inner_lr"] in tuned["tune"]
+    assert main([*words, "--json"]) == 0  # nothing is trained again
+    assert (both / "maml" / "metrics.jsonl").read_text() == before
+    again = json.loads(capsys.readouterr().out)
+    assert [a["scores"] for a in again["algorithms"]] == [a["scores"] for a in first["algorithms"]]
+    words[words.index("10")] = "12"
+    assert main(words) == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_recipes_list_and_show(capsys):
+    assert main(["recipes", "list", "--json"]) == 0
+    assert [one["name"] for one in json.loads(capsys.readouterr().out)] == list(RECIPES)
+    assert main(["recipes", "list"]) == 0
+    assert "98.7 ± 0.4 %" in capsys.readouterr().out
+    assert main(["recipes", "show", "maml-omniglot-5w1s"]) == 0
+    text = capsys.readouterr().out
+    assert '"inner_lr": 2.0' in text
+    assert "RECIPES[" in text
+
+
+def test_recipes_run(here, capsys, monkeypatch):
+    recipe = RECIPES["maml-sinusoid"]
+    monkeypatch.setitem(recipe.experiment.evaluation, "episodes", 5)
+    assert main(["recipes", "run", "maml-sinusoid", "--steps", "5", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["recipe"] == "maml-sinusoid"
+    assert result["paper"] == recipe.paper
+    assert result["hardware"]["backend"] == jax.default_backend()
+    assert (here / "runs" / "maml-sinusoid" / "test.json").exists()
+    assert main(["recipes", "run", "maml-sinusoid"]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def sentence(capsys):
+    """What was said on stderr, which is one line."""
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.count("\n") == 1
+    assert shown.err.startswith("adaptax: error: ")
+    return shown.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train"], "name an algorithm"),
+        (["train", "maml", "sinusoid", "--way", "3"], "no ways"),
+        (["train", "maml", "omniglot", "--data-root", "nowhere"], "nowhere"),
+        (["train", "maml", "mini_imagenet", "--data-root", "."], "no miniImageNet"),
+        (["train", "maml", "folder"], "--path"),
+        (["train", "maml", "folder", "--path", "nowhere"], "nowhere"),
+        (["train", "maml", "glyphs", "--path", "."], "--data-root"),
+        (["train", "maml", "glyphs", "--way", "5000"], "way=5000"),
+        (["train", "maml", "glyphs", "--query", "20"], "shot + query"),
+        (["train", "maml", "sinusoid", "--steps", "0"], "steps"),
+        (["train", "maml", "sinusoid", "--meta-batch", "0"], "meta_batch"),
+        (["train", "maml", "sinusoid", "--set", "rate=1"], "section.name=value"),
+        (["train", "maml", "sinusoid", "--set", "learner.rate=1"], "rate"),
+        (["train", "maml", "sinusoid", "--set", "network.depth=1"], "depth"),
+        (["train", "maml", "sinusoid", "--set", "task.noise=1"], "noise"),
+        (["train", "reptile", "sinusoid", "--first-order"], "--first-order"),
+        (["train", "--resume", "nowhere"], "no run"),
+        (["evaluate", "nowhere"], "no run"),
+        (["predict", "nowhere", "--support", ".", "--query", "."], "no run"),
+        (["compare", "sinusoid", "--algorithms", "sgd"], "'sgd'"),
+        (["compare", "sinusoid", "--way", "5"], "--way"),
+        (["compare", "sinusoid", "--seeds", "0"], "--seeds"),
+        (["compare", "omniglot", "--data-root", "nowhere"], "nowhere"),
+        (["recipes", "show", "maml-omniglot"], "maml-omniglot-"),
+        (["recipes", "run", "nothing-like-it"], "recipes list"),
+    ],
+)
+def test_errors_are_a_sentence_and_leave_nothing(words, said, capsys, here):
+    assert main(words) == 2
+    assert said in sentence(capsys)
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["train", "sgd", "sinusoid"], ["train", "maml", "sinusoid", "--bogus", "1"],
+     ["train", "maml", "sinusoid", "--way", "x"], ["evaluate"], ["nonsense"], []],
+)  # fmt: skip
+def test_words_that_cannot_be_parsed(words, capsys, here):
+    assert main(words) == 2
+    assert "adaptax" in capsys.readouterr().err
+    assert list(here.iterdir()) == []
+
+
+def test_broken_data(capsys, here):
+    (here / "data").mkdir()
+    (here / "data" / "images_background.zip").write_bytes(b"PK broken")
+    (here / "data" / "images_evaluation.zip").write_bytes(b"PK broken")
+    assert main(["train", "maml", "omniglot", "--data-root", "data"]) == 2
+    assert "not a readable zip archive" in sentence(capsys)
+    assert not (here / "runs").exists()
+
+
+def test_broken_runs(sine_run, capsys, here):
+    checkpoint = (sine_run / "checkpoint.safetensors").read_bytes()
+    config = json.loads((sine_run / "config.json").read_text())
+    run = here / "run"
+    run.mkdir()
+
+    def said(config, checkpoint):
+        (run / "config.json").write_text(config)
+        (run / "checkpoint.safetensors").write_bytes(checkpoint)
+        assert main(["evaluate", "run"]) == 2
+        return sentence(capsys)
+
+    assert "truncated" in said(json.dumps(config), checkpoint[: len(checkpoint) // 2])
+    assert "not valid JSON" in said("{", checkpoint)
+    assert "not written by" in said("{}", checkpoint)
+    config["experiment"]["network"]["mlp"] = [9]
+    assert "another model" in said(json.dumps(config), checkpoint)
+
+
+def test_divergence(capsys, here):
+    assert main([*SINE, "--outer-lr", "1e30", "--run", "bad"]) == 2
+    assert "not finite" in sentence(capsys)
+    assert (here / "bad" / "checkpoint.safetensors").exists()
+
+
+def test_predict_says_what_is_wrong(image_run, sine_run, capsys, here):
+    words = ["--support", "support", "--query", "query"]
+    assert main(["predict", str(sine_run), *words]) == 2
+    assert "images" in sentence(capsys)
+    assert main(["predict", str(image_run), *words]) == 2
+    assert "support is not a folder" in sentence(capsys)
+    write_images(here, glyphs(2, 1, 1).test.sample(jax.random.key(0)))
+    assert main(["predict", str(image_run), *words]) == 2
+    assert "2 class folders" in sentence(capsys)
+    (here / "support" / "c2").mkdir()
+    assert main(["predict", str(image_run), *words]) == 2
+    assert "no images" in sentence(capsys)
+    (here / "support" / "c2" / "0.png").write_bytes(b"not an image")
+    assert main(["predict", str(image_run), *words]) == 2
+    assert "cannot be read as an image" in sentence(capsys)
+
+
+def test_debug_raises(monkeypatch):
+    monkeypatch.setenv("ADAPTAX_DEBUG", "1")
+    with pytest.raises(ValueError, match="no recipe"):
+        main(["recipes", "show", "nothing"])
+
+
+def test_cores_become_devices_unless_the_user_says(monkeypatch):
+    flag = "--xla_force_host_platform_device_count"
+    monkeypatch.setenv("XLA_FLAGS", "--other=1")
+    main(["--help"])
+    assert os.environ["XLA_FLAGS"].startswith(f"--other=1 {flag}=")
+    monkeypatch.setenv("XLA_FLAGS", f"{flag}=3")
+    main(["--help"])
+    assert os.environ["XLA_FLAGS"] == f"{flag}=3"
+
+
+def test_progress_on_a_terminal():
+    console = Console(force_terminal=True, width=160, record=True, file=io.StringIO())
+    with watching("MAML", 100, console) as watch:
+        watch({"step": 50, "loss": 1.25, "seconds": 2.0})
+        watch({"step": 60, "loss": 0.5, "seconds": 1.0, "validation": {"mse": 0.25}})
+    text = console.export_text()
+    for part in ("MAML", "60/100", "loss 0.5", "val mse 0.250", "10 steps/s", "0:04 left"):
+        assert part in text
+
+
+def test_help_does_not_need_the_implementation():
+    assert not hasattr(commands, "jax")

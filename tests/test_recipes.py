@@ -1,0 +1,228 @@
+"""Recipes: every one can be built, and they are the papers' tables."""
+
+import json
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import adaptax as ax
+from adaptax.recipes import (
+    ALGORITHMS,
+    COMPARED,
+    PAPER_CURVES,
+    RECIPES,
+    TASKS,
+    TITLES,
+    Experiment,
+    closest,
+    comparable,
+)
+
+KEY = jax.random.key(0)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_builds_and_is_json(name):
+    recipe = RECIPES[name]
+    experiment = recipe.experiment
+    assert recipe.name == name
+    assert recipe.about
+    assert recipe.paper
+    assert Experiment.from_json(json.loads(json.dumps(experiment.to_json()))) == experiment
+    experiment.build_learner()
+    experiment.optimizer()
+    assert jax.tree.leaves(eqx.filter_eval_shape(experiment.model))
+    if experiment.tasks == "sinusoid":
+        for splits in (experiment.splits(), experiment.splits(test=True)):
+            assert splits.train.sample(KEY).support.x.shape[1:] == (1,)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("tasks", TASKS)
+def test_every_algorithm_has_settings_for_every_task(algorithm, tasks):
+    assert algorithm in TITLES
+    for experiment in (closest(algorithm, tasks, 3, 1), comparable(algorithm, tasks, 3, 1)):
+        assert (experiment.algorithm, experiment.tasks) == (algorithm, tasks)
+        experiment.build_learner()
+        eqx.filter_eval_shape(experiment.model)
+        if tasks in ("sinusoid", "glyphs"):
+            experiment.splits(test=True)
+
+
+def cell(name):
+    experiment = RECIPES[name].experiment
+    return experiment, experiment.task, experiment.learner
+
+
+@pytest.mark.parametrize(
+    ("data", "way", "shot", "rate", "steps", "eval_steps", "meta_batch", "accuracy", "first"),
+    [
+        ("omniglot", 5, 1, 2.0, 1, 3, 32, "98.7 ± 0.4", "98.3 ± 0.5"),
+        ("omniglot", 5, 5, 2.0, 1, 3, 32, "99.9 ± 0.1", "99.2 ± 0.2"),
+        ("omniglot", 20, 1, 2.0, 5, 5, 16, "95.8 ± 0.3", "89.4 ± 0.5"),
+        ("omniglot", 20, 5, 2.0, 5, 5, 16, "98.9 ± 0.2", "97.9 ± 0.1"),
+        ("mini_imagenet", 5, 1, 0.05, 5, 10, 4, "48.70 ± 1.84", "48.07 ± 1.75"),
+        ("mini_imagenet", 5, 5, 0.05, 5, 10, 2, "63.11 ± 0.92", "63.15 ± 0.91"),
+    ],
+)
+def test_maml_tables(data, way, shot, rate, steps, eval_steps, meta_batch, accuracy, first):
+    for algorithm, printed in (("maml", accuracy), ("fomaml", first)):
+        name = f"{algorithm}-{data}-{way}w{shot}s"
+        experiment, task, learner = cell(name)
+        assert printed in RECIPES[name].paper
+        assert (task["way"], task["shot"], task["query"]) == (way, shot, shot)
+        assert learner == {"inner_lr": rate, "inner_steps": steps, "eval_steps": eval_steps}
+        assert (experiment.steps, experiment.meta_batch) == (60_000, meta_batch)
+        assert experiment.outer["adam"] == 1e-3
+        assert experiment.evaluation == {"episodes": 600}
+        mini = data == "mini_imagenet"
+        assert experiment.outer.get("clip") == (10.0 if mini else None)
+        assert task.get("train_query") == (15 if mini else None)
+
+
+@pytest.mark.parametrize(
+    ("data", "way", "shot", "rate", "batch", "steps", "train_shot", "eval_batch", "total", "both"),
+    [
+        ("omniglot", 5, 1, 1e-3, 10, 5, 10, 5, 100_000, ("97.68 ± .04", "95.39 ± .09")),
+        ("omniglot", 5, 5, 1e-3, 10, 5, 10, 5, 100_000, ("99.48 ± .06", "98.90 ± .10")),
+        ("omniglot", 20, 1, 5e-4, 20, 10, 10, 10, 200_000, ("89.43 ± .14", "88.14 ± .15")),
+        ("omniglot", 20, 5, 5e-4, 20, 10, 10, 10, 200_000, ("97.12 ± .32", "96.65 ± .33")),
+        ("mini_imagenet", 5, 1, 1e-3, 10, 8, 15, 5, 100_000, ("49.97 ± 0.32", "47.07 ± 0.26")),
+        ("mini_imagenet", 5, 5, 1e-3, 10, 8, 15, 15, 100_000, ("65.99 ± 0.58", "62.74 ± 0.37")),
+    ],
+)
+def test_reptile_tables(data, way, shot, rate, batch, steps, train_shot, eval_batch, total, both):
+    name = f"reptile-{data}-{way}w{shot}s"
+    experiment, task, learner = cell(name)
+    assert all(printed in RECIPES[name].paper for printed in both)
+    assert (task["shot"], task["query"]) == (shot, 1)
+    assert (task["train_shot"], task["train_query"]) == (train_shot, 0)
+    assert learner["inner_adam"] == rate
+    assert (learner["inner_batch"], learner["inner_steps"]) == (batch, steps)
+    assert (learner["eval_batch"], learner["eval_steps"]) == (eval_batch, 50)
+    assert (experiment.steps, experiment.meta_batch) == (total, 5)
+    assert experiment.evaluation["episodes"] == 10_000
+    assert experiment.build_learner().outer_lr == 1.0
+
+
+def test_maml_without_convolutions():
+    for shot, printed in ((1, "89.7 ± 1.1"), (5, "97.5 ± 0.6")):
+        name = f"maml-omniglot-5w{shot}s-mlp"
+        assert printed in RECIPES[name].paper
+        model = RECIPES[name].experiment.model()
+        sizes = [layer.weight.shape for layer in (*model.layers, model.head)]
+        assert sizes == [(784, 256), (256, 128), (128, 64), (64, 64), (64, 5)]
+        assert len(model.norms) == 4
+        assert model(jnp.zeros((2, 28, 28, 1))).shape == (2, 5)
+
+
+def test_sinusoids():
+    experiment, task, learner = cell("maml-sinusoid")
+    assert (task["shot"], task["query"], experiment.test_task["shot"]) == (10, 10, 5)
+    assert learner == {"inner_lr": 0.01, "inner_steps": 1, "eval_steps": 10}
+    assert (experiment.steps, experiment.meta_batch) == (70_000, 25)
+    assert experiment.network == {"mlp": [40, 40]}
+    assert PAPER_CURVES["maml"] == {1: 0.67, 5: 0.38, 10: 0.35}
+    assert PAPER_CURVES["pretrained"] == {1: 2.41, 5: 2.23, 10: 2.19}
+    reptile = RECIPES["reptile-sinusoid"].experiment
+    tasks = reptile.splits().train
+    assert np.unique(tasks.sample(KEY).support.x).size == 50  # the whole grid
+    assert reptile.model().activation is jnp.tanh
+    assert reptile.splits(test=True).test.query == 100
+
+
+def test_short_recipes_are_shorter_and_of_the_same_cell():
+    for name, recipe in RECIPES.items():
+        if name.endswith("-short"):
+            full = RECIPES[name.removesuffix("-short")]
+            assert recipe.paper == full.paper
+            assert recipe.experiment.steps < full.experiment.steps
+            assert recipe.experiment.algorithm == full.experiment.algorithm
+            assert recipe.about.startswith(full.about)
+
+
+def test_compared_algorithms_share_tasks_and_network():
+    for tasks, names in (("sinusoid", COMPARED["sinusoid"]), ("glyphs", COMPARED["images"])):
+        experiments = [comparable(name, tasks) for name in names]
+        for experiment in experiments[1:]:
+            assert experiment.splits(test=True).test.describe() == (
+                experiments[0].splits(test=True).test.describe()
+            )
+            a, b = (jax.tree.leaves(e.model()) for e in (experiments[0], experiment))
+            assert all(bool(jnp.array_equal(x, y)) for x, y in zip(a, b) if eqx.is_array(x))
+
+
+def test_pretrained_is_joint_training():
+    learner = comparable("pretrained", "sinusoid").build_learner()
+    tasks = ax.tasks.sinusoid().train
+    model = ax.models.MLP(1, 1, (8,), key=KEY)
+    task = tasks.sample(KEY)
+    loss, _ = learner.meta_loss(model, task, key=KEY, progress=0.0)
+    np.testing.assert_allclose(loss, ax.losses.mse(model, task.query), rtol=1e-6)
+
+
+def small(**changes):
+    experiment = closest("pretrained", "sinusoid").to_json()
+    experiment |= {"steps": 4, "network": {"mlp": [4]}, "evaluation": {"episodes": 4}}
+    return Experiment.from_json(experiment | changes)
+
+
+def test_the_step_size_is_tuned_on_validation_tasks():
+    experiment = small(tune=[1e-3, 30.0])
+    splits = experiment.splits(test=True)
+    tuned = experiment.tuned(experiment.model(), splits)
+    assert tuned.learner["inner_lr"] == 1e-3
+    assert small(tune=[]).tuned(experiment.model(), splits) == small(tune=[])
+
+
+def test_restore_gives_the_best_by_validation(tmp_path):
+    experiment = small(steps=8)
+    run, splits = ax.Run(tmp_path / "run"), experiment.splits()
+    result = experiment.train(
+        splits, run, validate=splits.val, validate_every=2, chunk=2, validation={"episodes": 4}
+    )
+    meta, step = experiment.restore(run)
+    assert step == result.best_step
+    for a, b in zip(jax.tree.leaves(meta), jax.tree.leaves(result.meta)):
+        if eqx.is_array(a):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_restore_without_validation_gives_the_last(tmp_path):
+    experiment = small()
+    run = ax.Run(tmp_path / "run")
+    result = experiment.train(experiment.splits(), run)
+    meta, step = experiment.restore(run)
+    assert step == 4
+    np.testing.assert_array_equal(meta.head.weight, result.last.head.weight)
+
+
+def test_reports_name_the_algorithm():
+    experiment = small()
+    scores = experiment.test(experiment.model(), experiment.splits(test=True), episodes=2)
+    assert scores.protocol["algorithm"] == "Pretrained"
+    assert scores.protocol["shot"] == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"algorithm": "sgd"}, "no algorithm"),
+        ({"tasks": "cats"}, "no task family"),
+        ({"learner": {"rate": 1}}, "rate"),
+        ({"learner": {"inner_steps": 1}}, "inner_steps"),
+        ({"network": {"mlp": [4], "depth": 3}}, "depth"),
+        ({"task": {"ways": 3}}, "ways"),
+        ({"speed": 3}, "does not describe"),
+    ],
+)
+def test_settings_that_do_not_exist(changes, said):
+    def build():
+        experiment = small(**changes)
+        return experiment.build_learner(), experiment.splits(), experiment.model()
+
+    with pytest.raises(ValueError, match=said):
+        build()

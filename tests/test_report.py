@@ -1,0 +1,140 @@
+"""Figures and tables: what they show, and what they refuse."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from rich.console import Console
+
+import adaptax as ax
+from adaptax import report, tree
+from adaptax.evaluate import Report
+
+KEY = jax.random.key(0)
+
+
+def scores(metric="mse", at=(0, 1, 10), value=1.0):
+    values = value + 0.1 * np.random.default_rng(0).random((20, len(at)))
+    return Report({"algorithm": "MAML", "episodes": 20}, list(at), {metric: values}, None)
+
+
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_learning_curve_shows_loss_and_validation():
+    history = [{"step": 10 * i, "loss": 1 / i} for i in range(1, 60)]
+    assert len(report.learning_curve(history).axes) == 1
+    history[9]["validation"] = {"mse": 0.5, "mse_ci95": 0.1}
+    history[19]["validation"] = {"mse": 0.4, "mse_ci95": 0.1}
+    left, right = report.learning_curve(history).axes
+    assert left.get_xlabel() == right.get_xlabel() == "meta-steps"
+    assert "mean squared error" in right.get_ylabel()
+    assert any("best: 0.4 at step 200" in t.get_text() for t in right.get_legend().get_texts())
+
+
+def test_learning_curve_wants_records():
+    with pytest.raises(ValueError, match="no records"):
+        report.learning_curve([])
+
+
+def test_comparison_has_a_line_and_a_band_for_each_and_the_published_scores():
+    figure = report.comparison(
+        {"MAML": scores(), "Reptile": scores(at=(0, 1, 50))}, paper={"MAML": {1: 0.67}}
+    )
+    assert legend(figure) == ["MAML", "Reptile", "published"]
+    assert len(figure.axes[0].collections) == 2
+
+
+def test_accuracies_are_in_per_cent():
+    figure = report.comparison({"MAML": scores("accuracy", value=0.5)})
+    assert figure.axes[0].get_lines()[0].get_ydata().max() > 50
+    assert "%" in figure.axes[0].get_ylabel()
+
+
+def test_adaptation_draws_truth_support_and_steps():
+    learner = ax.MAML(ax.losses.mse, 0.01)
+    tasks = ax.tasks.sinusoid(5, 5).test
+    model = ax.models.MLP(1, 1, (8,), key=KEY)
+    figure = report.adaptation(learner, model, tasks, key=KEY)
+    assert isinstance(figure, Figure)
+    assert legend(figure) == ["truth", "0 steps", "1 step", "10 steps", "support"]
+    truth = figure.axes[0].get_lines()[-1]
+    x = jnp.asarray(truth.get_xdata())[:, None]
+    np.testing.assert_allclose(truth.get_ydata(), tasks.function(KEY)(x)[:, 0], rtol=1e-6)
+
+
+class Plain(ax.TaskDistribution):
+    """Tasks without a known function."""
+
+    split: str = eqx.field(static=True, default="test")
+    out: int = eqx.field(static=True, default=1)
+
+    def sample(self, key):
+        x = jax.random.normal(key, (4, 1))
+        return ax.Task(ax.Batch(x, jnp.tile(x, self.out)), ax.Batch(x, jnp.tile(x, self.out)))
+
+
+class Twins(ax.MetaLearner):
+    """Two copies of the model, as an ensemble without steps."""
+
+    loss: ax.Loss = eqx.field(static=True)
+
+    def adapt(self, meta, support, *, key):
+        return ax.Ensemble(tree.stack([meta, tree.axpy(2.0, meta, meta)]))
+
+
+def test_adaptation_of_an_ensemble_and_of_an_unknown_function():
+    model = ax.Functional(jnp.ones(()), lambda w, x: w * x)
+    figure = report.adaptation(Twins(ax.losses.mse), model, Plain(), key=KEY)
+    assert legend(figure) == ["truth", "adapted", "support"]
+    assert len(figure.axes[0].collections) == 1  # the band of its spread
+
+
+def test_adaptation_wants_one_input_and_one_output():
+    model = ax.models.MLP(1, 2, (8,), key=KEY)
+    with pytest.raises(ValueError, match=r"\(n, 1\)"):
+        report.adaptation(ax.MAML(ax.losses.mse), model, Plain(out=2), key=KEY)
+
+
+def test_episode_sheet_tells_right_from_wrong():
+    task = ax.tasks.glyphs(3, 1, 2).test.sample(KEY)
+    logits = 9.0 * jax.nn.one_hot(task.query.y.at[0].set(2), 3)
+    figure = report.episode_sheet(task, logits, names=["a", "b", "c"])
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert titles[0].startswith("c?")
+    assert sum("?" in title for title in titles) == 1
+    assert len(titles) == 6
+    assert report.episode_sheet(task, jnp.stack([logits, logits])).axes
+    assert not any(axes.get_title() for axes in report.episode_sheet(task).axes)
+
+
+def test_episode_sheet_wants_images():
+    with pytest.raises(ValueError, match="wants images"):
+        report.episode_sheet(ax.tasks.sinusoid().test.sample(KEY))
+
+
+def test_numbers():
+    assert report.number("accuracy", 0.98721, 0.0031) == "98.72 ± 0.31 %"
+    assert report.number("mse", 0.3512) == "0.351"
+    assert report.number("mse", float("nan"), 1.0) == "nan"
+
+
+def test_tables():
+    console = Console(width=120, record=True, quiet=True)
+    model = ax.models.Conv4(3, filters=2, key=KEY)
+    tasks = ax.tasks.glyphs(3, 1, 2).test
+    learner = ax.MAML(ax.losses.cross_entropy, 0.1)
+    scored = ax.evaluate(learner, model, tasks, key=KEY, episodes=2, at=[0, 1])
+    console = Console(width=120, record=True)
+    console.print(report.report_table(scored, "here"))
+    row = {"name": "MAML", "metric": "mse", "scores": {"1 step": (0.7, 0.1)}, "paper": "0.67",
+           "seconds": 3.2}  # fmt: skip
+    console.print(report.comparison_table([row], "there"))
+    text = console.export_text()
+    for part in ("here", "ece", "nll", "there", "0.700 ± 0.100", "0.67", "3 s"):
+        assert part in text
+    assert "way 3" in report.summary(scored)
+    assert "transductive yes" in report.summary(scored)
