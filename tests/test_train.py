@@ -98,7 +98,7 @@ class Poisoned(ax.TaskDistribution):
     """Sine waves, but one episode has targets that are NaN."""
 
     bad: jax.Array
-    split: str = eqx.field(static=True, default="train")
+    split: str = eqx.field(static=True)
 
     def sample(self, key):
         task = TASKS.train.sample(key)
@@ -108,7 +108,8 @@ class Poisoned(ax.TaskDistribution):
 
 def poisoned(step, meta_batch=4):
     stream = jax.random.split(KEY, 4)[0]
-    return Poisoned(jax.random.key_data(episode_key("train", stream, step * meta_batch + 1)))
+    bad = episode_key("train", stream, step * meta_batch + 1)
+    return Poisoned(bad=jax.random.key_data(bad), split="train")
 
 
 @pytest.mark.parametrize("step", [0, 4])
@@ -290,7 +291,7 @@ def gathered(x):
 
 class OnDevice(ax.TaskDistribution):
     bank: jax.Array
-    split: str = eqx.field(static=True, default="train")
+    split: str = eqx.field(static=True)
 
     def sample(self, key):
         return gathered(self.bank[rows(key)])
@@ -307,14 +308,17 @@ class OnHost(ax.HostTaskDistribution):
 
 
 def test_streamed_tasks_train_to_the_same_bits():
-    streamed, resident = fit(tasks=OnHost()), fit(tasks=OnDevice(jnp.asarray(BANK)))
+    streamed, resident = (
+        fit(tasks=OnHost()),
+        fit(tasks=OnDevice(bank=jnp.asarray(BANK), split="train")),
+    )
     assert_same(streamed.meta, resident.meta)
 
 
 def test_an_error_of_a_streamed_fetch_reaches_the_caller():
     class Broken(OnHost):
         def fetch(self, plan):
-            if plan.ndim == 2 and len(plan) == 3:
+            if plan.ndim == 3:  # a chunk of steps, and not the first look
                 raise OSError("the disk is gone")
             return super().fetch(plan)
 

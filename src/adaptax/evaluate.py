@@ -282,6 +282,8 @@ class Evaluator:
         before = eqx.combine(jax.tree.map(lambda leaf: leaf[0], arrays), rest)
         support = task.support.draw(before, support_key)
         query = task.query.draw(before, query_key)
+        if query.size == 0:
+            raise ValueError("the tasks have no queries to score; sample them with query=1 or more")
         self._facts["at"] = chosen if length > 1 else [None]
         self._facts["particles"] = before.particles if isinstance(before, Ensemble) else 1
         self._facts["backbone"] = _backbone(before)
@@ -345,8 +347,6 @@ def _chosen(length: int, at: Sequence[int] | None) -> list[int]:
 
 
 def _scores(predictions: Array, targets: Array, noise: float) -> dict[str, Array]:
-    if targets.shape[0] == 0:
-        raise ValueError("the tasks have no queries to score; sample them with query=1 or more")
     if jnp.issubdtype(targets.dtype, jnp.integer):
         if predictions.ndim not in (2, 3) or predictions.shape[-2] != len(targets):
             raise ValueError(

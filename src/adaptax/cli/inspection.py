@@ -12,7 +12,6 @@ import numpy as np
 from rich.table import Table
 
 from .. import report
-from ..evaluate import predict as predict_with
 from ..learner import Meta
 from ..recipes import Experiment
 from ..run import Run
@@ -24,7 +23,7 @@ from ..tasks.sources import DataError
 from .commands import Evaluate, Predict
 from .facts import dump
 from .progress import scoring
-from .training import consoles, experiment_in
+from .training import adapt_and_predict, consoles, experiment_in
 
 
 def evaluate(asked: Evaluate) -> None:
@@ -60,9 +59,7 @@ def predict(asked: Predict) -> None:
         experiment = dataclasses.replace(
             experiment, learner={**experiment.learner, _steps_name(experiment): asked.steps}
         )
-    learner = experiment.build_learner()
-    model = learner.adapt(meta, Batch(x, y), key=jax.random.key(0))
-    logits = predict_with(model, queries, x, transductive=asked.transductive)
+    logits = adapt_and_predict(experiment, meta, Batch(x, y), queries, asked.transductive)
     p = jax.nn.softmax(logits)
     found = np.asarray(p.mean(axis=0) if p.ndim == 3 else p)
     rows: list[dict[str, Any]] = [

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
+from jaxtyping import Array, PyTree
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -21,7 +23,7 @@ from ..evaluate import Report, predict
 from ..learner import Meta
 from ..recipes import TITLES, Experiment
 from ..run import Run
-from ..task import Splits
+from ..task import Batch, Splits
 from . import settings
 from .app import Interrupted
 from .commands import RecipesRun, Train
@@ -146,12 +148,13 @@ def fit(config: dict[str, Any], path: Path, resume: bool, go_on: str, console: C
             watch.start(max((record["step"] for record in run.metrics()), default=0))
         how = {"validation": _validation(experiment), **config["training"]}
         result = experiment.train(
-            splits, run, validate=splits.val, watch=watch, resume=resume, **how
+            splits, run, validate=test.val, watch=watch, resume=resume, **how
         )
     if result.stopped == "interrupted":
         raise Interrupted(f"{stop} (meta-step {result.step:,} of {experiment.steps:,})")
     with _afterwards(stop):
-        tuned = experiment.tuned(result.meta, test)
+        tuned = experiment_in(config, path) if "tuned" in config else (
+            experiment.tuned(result.meta, test))  # fmt: skip
     return Trained(tuned, result.meta, result.best_step, result.stopped, result.history, test)
 
 
@@ -170,12 +173,25 @@ def pictures(trained: Trained, path: Path) -> list[str]:
         )  # fmt: skip
     else:
         task = trained.test.test.sample(key)
-        model = learner.adapt(trained.meta, task.support, key=key)
-        logits = predict(
-            model, task.query.x, task.support.x, transductive=_transductive(experiment)
+        logits = adapt_and_predict(
+            experiment, trained.meta, task.support, task.query.x, _transductive(experiment)
         )
         figures["episode"] = report.episode_sheet(task, logits)
     return [str(save_figure(figure, path / f"{name}.png")) for name, figure in figures.items()]
+
+
+def adapt_and_predict(
+    experiment: Experiment, meta: Meta, support: Batch, x: PyTree, transductive: bool
+) -> Array:
+    """Predictions for queries, as one compiled program."""
+    learner = experiment.build_learner()
+
+    @eqx.filter_jit
+    def program(meta: Meta, support: Batch, x: PyTree) -> Array:
+        model = learner.adapt(meta, support, key=jax.random.key(0))
+        return predict(model, x, support.x, transductive=transductive)
+
+    return program(meta, support, x)
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
@@ -283,7 +299,9 @@ def _test(trained: Trained, console: Console) -> dict[str, Report]:
 def _validation(experiment: Experiment) -> dict[str, Any]:
     """How to validate: as in the test, but fewer episodes and the last step alone."""
     steps = experiment.learner.get("eval_steps", experiment.learner.get("inner_steps", 1))
-    episodes = min(200, max(experiment.evaluation.get("episodes", 600) // 3, 1))
+    # Episodes of functions cost nothing, and their errors spread far.
+    most = 1000 if experiment.tasks == "sinusoid" else 200
+    episodes = min(most, max(experiment.evaluation.get("episodes", 600) // 2, 2))
     return {"episodes": episodes, "at": [steps], "transductive": _transductive(experiment)}
 
 

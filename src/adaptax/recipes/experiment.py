@@ -19,7 +19,7 @@ from ..evaluate import Evaluator, Report
 from ..learner import Meta, MetaLearner
 from ..losses import Loss
 from ..run import Run
-from ..task import Model, Splits
+from ..task import Model, Source, Splits
 from ..train import Result, fit, initial_state
 
 
@@ -29,6 +29,17 @@ def Pretrained(loss: Loss, inner_lr: inner.Rate = 0.01, **how: Any) -> MAML:
     MAML with no inner step while training; `eval_steps` are the steps of fine-tuning.
     """
     return MAML(loss, inner_lr, 0, **how)
+
+
+class _AtRate(MetaLearner):
+    """A learner whose step size is part of what it is given, so that one program tries many."""
+
+    loss: Loss = eqx.field(static=True)
+    learner: Any
+
+    def iterates(self, meta: Meta, support: Source, **how: Any) -> Model:
+        model, rate = meta
+        return dataclasses.replace(self.learner, inner_lr=rate).iterates(model, support, **how)
 
 
 ALGORITHMS: dict[str, Callable[..., MetaLearner]] = {
@@ -203,12 +214,13 @@ class Experiment:
         """The experiment with the step size of `tune` that does best on validation tasks."""
         if not self.tune:
             return self
-        choices = [
-            dataclasses.replace(self, learner={**self.learner, "inner_lr": rate})
-            for rate in self.tune
-        ]
-        scores = [choice.test(meta, splits, split="val", episodes=200).score for choice in choices]
-        return choices[scores.index(max(scores))]
+        learner = self.build_learner()
+        how = {**self.evaluation, "episodes": 200, "at": [self.learner["eval_steps"]]}
+        judge = Evaluator(_AtRate(learner.loss, learner), splits.val, **how)
+        key = jax.random.key(2**31)
+        scores = [judge((meta, jnp.array(rate)), key=key).score for rate in self.tune]
+        rate = self.tune[scores.index(max(scores))]
+        return dataclasses.replace(self, learner={**self.learner, "inner_lr": rate})
 
     def restore(self, run: Run) -> tuple[Meta, int]:
         """The best meta-parameters of a run by validation, else the last, and their step.

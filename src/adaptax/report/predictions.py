@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..learner import Ensemble, Meta, MetaLearner
+from ..learner import Meta, MetaLearner
 from ..task import Batch, Task, TaskDistribution
 from .style import COLOURS, canvas, styled
 
@@ -66,7 +66,7 @@ def adaptations(
         key: names the task.
         steps: numbers of adaptation steps to draw predictions after.
     """
-    task = tasks.sample(key)
+    task = eqx.filter_jit(tasks.sample)(key)
     size = (4.6, 3.2) if len(learners) == 1 else (3.1, 2.9)
     figure, axes = canvas(1, len(learners), size, sharey=True)
     for ax, (title, (learner, meta)) in zip(axes[0], learners.items()):
@@ -206,17 +206,14 @@ def _curves(
             f"{task.support.x.shape} and {task.support.y.shape}"
         )
     x = _grid(task)
-    path = learner.iterates(meta, task.support, key=key, steps=max(steps))
-    arrays, rest = eqx.partition(path, eqx.is_array)
-    length = len(jax.tree.leaves(arrays)[0])
+    predictions, length = _predictions(learner, meta, task, key, max(steps), x)
     drawn = [step for step in steps if step < length] if length > 1 else [0]
     styles: list[Any] = [":", (0, (5, 1.5)), "-", "-."]
     for i, step in enumerate(drawn):
-        model = eqx.combine(jax.tree.map(lambda leaf, s=step: leaf[s], arrays), rest)
-        y = np.asarray(model(jnp.asarray(x)))
+        y = predictions[step]
         label = "adapted" if length == 1 else f"{step} step{'s' * (step != 1)}"
         colour = (COLOURS[5], COLOURS[4], COLOURS[0], COLOURS[3])[i % 4]
-        if isinstance(model, Ensemble):
+        if y.ndim == 3:
             low, high = y.mean(0) - 2 * y.std(0), y.mean(0) + 2 * y.std(0)
             ax.fill_between(x[:, 0], low[:, 0], high[:, 0], color=colour, alpha=0.2, linewidth=0)
             y = y.mean(0)
@@ -225,3 +222,18 @@ def _curves(
         np.asarray(task.support.x)[:, 0], np.asarray(task.support.y)[:, 0], "^", color=COLOURS[1],
         markersize=7, markeredgecolor="white", label="support", zorder=5,
     )  # fmt: skip
+
+
+def _predictions(
+    learner: MetaLearner, meta: Meta, task: Task, key: PRNGKeyArray, steps: int, x: np.ndarray
+) -> tuple[np.ndarray, int]:
+    """Predictions `(steps, [particles,] n, 1)` after every step, and how many there are."""
+
+    @eqx.filter_jit
+    def program(meta: Meta, task: Task, x: Array) -> Array:
+        path = learner.iterates(meta, task.support, key=key, steps=steps)
+        arrays, rest = eqx.partition(path, eqx.is_array)
+        return jax.lax.map(lambda one: eqx.combine(one, rest)(x), arrays)
+
+    predictions = np.asarray(program(meta, task, jnp.asarray(x)))
+    return predictions, len(predictions)
