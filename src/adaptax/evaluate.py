@@ -68,9 +68,10 @@ class Report:
         with np.errstate(all="ignore"):
             return float(np.mean(values)) if len(values) else math.nan
 
-    def ci95(self, metric: str, step: int = -1) -> float:
+    def ci95(self, metric: str, step: int = -1, *, diverged: bool = True) -> float:
         """Half the 95 % confidence interval of that mean: 1.96 standard errors over episodes."""
         values = self.values[metric][:, step]
+        values = values if diverged else values[~self._diverged(step)]
         with np.errstate(all="ignore"):
             spread = np.std(values, ddof=1) if len(values) > 1 else math.nan
         return float(1.96 * spread / math.sqrt(len(values)))

@@ -50,14 +50,19 @@ class Entry:
     def score(self, position: int) -> tuple[float, float]:
         """Mean and half the 95 % interval after the step at this position.
 
+        Of the episodes that did not diverge: `diverged` counts the others.
         Over episodes for one seed; over seeds, by Student's t, for several.
         """
         metric = self.reports[0].primary
-        means = [scores.mean(metric, position) for scores in self.reports]
+        means = [scores.mean(metric, position, diverged=False) for scores in self.reports]
         if len(means) == 1:
-            return means[0], self.reports[0].ci95(metric, position)
+            return means[0], self.reports[0].ci95(metric, position, diverged=False)
         error = float(np.std(means, ddof=1)) / math.sqrt(len(means))
         return float(np.mean(means)), float(stdtrit(len(means) - 1, 0.975)) * error
+
+    def diverged(self, position: int) -> int:
+        """Episodes whose adaptation diverged by then, in all seeds."""
+        return sum(scores.diverged(position) for scores in self.reports)
 
 
 def compare(asked: Compare) -> None:
@@ -199,17 +204,19 @@ def _finish(entries: list[Entry], asked: Compare, path: Path, out: Console) -> N
 
 
 def _row(entry: Entry) -> dict[str, Any]:
-    scores, experiment = {}, entry.trained[0].experiment
+    scores, diverged, experiment = {}, {}, entry.trained[0].experiment
     own = _own_steps(experiment)
     for position, step in enumerate(entry.reports[0].at):
         if step in SHOWN:
-            scores[f"{step} step{'s' * (step != 1)}"] = entry.score(position)
+            heading = f"{step} step{'s' * (step != 1)}"
+            scores[heading], diverged[heading] = entry.score(position), entry.diverged(position)
     if experiment.tasks != "sinusoid":
         scores["own protocol"] = entry.score(entry.reports[0].at.index(own))
     return {
         "name": entry.name if "own protocol" not in scores else f"{entry.name} ({own} steps)",
         "metric": entry.reports[0].primary,
         "scores": scores,
+        "diverged": diverged,
         "paper": _paper(experiment),
         "seconds": float(np.mean([one.seconds for one in entry.trained])),
     }

@@ -148,7 +148,7 @@ def fit(config: dict[str, Any], path: Path, resume: bool, go_on: str, console: C
             watch.start(max((record["step"] for record in run.metrics()), default=0))
         how = {"validation": _validation(experiment), **config["training"]}
         result = experiment.train(
-            splits, run, validate=test.val, watch=watch, resume=resume, **how
+            splits, run, validate=splits.val, watch=watch, resume=resume, **how
         )
     if result.stopped == "interrupted":
         raise Interrupted(f"{stop} (meta-step {result.step:,} of {experiment.steps:,})")
@@ -299,9 +299,7 @@ def _test(trained: Trained, console: Console) -> dict[str, Report]:
 def _validation(experiment: Experiment) -> dict[str, Any]:
     """How to validate: as in the test, but fewer episodes and the last step alone."""
     steps = experiment.learner.get("eval_steps", experiment.learner.get("inner_steps", 1))
-    # Episodes of functions cost nothing, and their errors spread far.
-    most = 1000 if experiment.tasks == "sinusoid" else 200
-    episodes = min(most, max(experiment.evaluation.get("episodes", 600) // 2, 2))
+    episodes = min(200, max(experiment.evaluation.get("episodes", 600) // 3, 2))
     return {"episodes": episodes, "at": [steps], "transductive": _transductive(experiment)}
 
 

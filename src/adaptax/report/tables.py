@@ -21,8 +21,8 @@ def number(metric: str, mean: float, ci95: float | None = None) -> str:
         ci95: half its confidence interval, if there is one.
     """
     factor, unit = scale(metric), " %" if metric == "accuracy" else ""
-    if not math.isfinite(mean):
-        return str(mean)
+    if not math.isfinite(mean) or abs(mean) > 1e6:
+        return f"{mean:.2g}"
     digits = 2 if metric == "accuracy" else 3
     shown = f"{factor * mean:.{digits}f}"
     if ci95 is not None and math.isfinite(ci95):
@@ -39,13 +39,19 @@ def report_table(report: Report, title: str = "") -> Table:
         table.add_column(name if name != report.primary else f"{name} ± 95 % CI", justify="right")
     if report.bins is not None:
         table.add_column("ece", justify="right")
-    last = len(report.at) - 1
+    last, diverged = len(report.at) - 1, any(map(report.diverged, range(len(report.at))))
+    if diverged:
+        table.add_column("diverged", justify="right")
+        table.add_column(f"{report.primary} of the others", justify="right")
     for i, step in enumerate(report.at):
         cells = [
             number(report.primary, report.mean(report.primary, i), report.ci95(report.primary, i))
         ]
-        cells += [f"{report.mean(name, i):.3f}" for name in names[1:]]
+        cells += [number(name, report.mean(name, i)) for name in names[1:]]
         cells += [f"{report.ece(i):.3f}"] if report.bins is not None else []
+        if diverged:
+            others = report.mean(report.primary, i, diverged=False)
+            cells += [str(report.diverged(i)), number(report.primary, others)]
         table.add_row(
             "–" if step is None else str(step), *cells, style="bold" if i == last else None
         )
@@ -63,8 +69,8 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Tabl
     """A row for each algorithm, the paper's number beside ours.
 
     Args:
-        rows: each with `name`, `metric`, `scores` (`{heading: (mean, ci95)}`), `paper` and
-            `seconds` of training.
+        rows: each with `name`, `metric`, `scores` (`{heading: (mean, ci95)}`), `diverged`
+            (`{heading: episodes}` that the scores leave out), `paper` and `seconds` of training.
         title: of the table.
     """
     metric = rows[0]["metric"]
@@ -77,11 +83,18 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Tabl
     table.add_column("trained in", justify="right")
     for row in rows:
         cells = [
-            number(metric, *row["scores"][heading]) if heading in row["scores"] else ""
+            number(metric, *row["scores"][heading]) + _counted(row, heading)
+            if heading in row["scores"]
+            else ""
             for heading in headings
         ]
         table.add_row(row["name"], *cells, row["paper"], f"{row['seconds']:.0f} s")
     return table
+
+
+def _counted(row: Mapping[str, Any], heading: str) -> str:
+    count = row.get("diverged", {}).get(heading, 0)
+    return f" ({count} diverged)" if count else ""
 
 
 def _plain(value: Any) -> str:
