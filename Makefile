@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/adaptax compare glyphs --out demo/glyphs
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

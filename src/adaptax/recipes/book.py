@@ -199,7 +199,7 @@ _SHORT = [
     ),
     _short(
         _BY_NAME["reptile-omniglot-5w1s"],
-        "6,000 meta-steps and 2,000 test episodes", steps=6000, evaluation={"episodes": 2000},
+        "3,000 meta-steps and 2,000 test episodes", steps=3000, evaluation={"episodes": 2000},
     ),
     _short(
         _BY_NAME["fomaml-mini_imagenet-5w1s"],

@@ -152,7 +152,8 @@ def episode_sheet(
                 said if right else f"{names[taken]}?\n{said}", fontsize=7, pad=2, linespacing=1.0,
                 color="black" if right else COLOURS[1],
             )  # fmt: skip
-    caption = "queries" if predictions is None else "queries, and what they were taken for"
+    narrow = predictions is None or axes.shape[1] - shots < 5
+    caption = "queries" if narrow else "queries, and what they were taken for"
     for column, text in ((0, "support"), (shots + 1, caption)):
         x = axes[0, column].get_position().x0
         figure.text(x, 1 - 0.08 / height, text, va="top", fontsize=9, fontweight="bold")
