@@ -128,7 +128,7 @@ class Compare:
     Writes comparison.json, comparison.png, a run folder for each algorithm and, for sinusoids,
     the adapted curves. The same command on the same folder goes on where it was interrupted.
     Sinusoids are MAML's: trained with 10 shots for 70,000 meta-steps, tested with 5. Images are
-    trained briefly unless --steps says otherwise: 400 meta-steps of glyphs, 2,000 of other data.
+    trained briefly unless --steps says otherwise: 300 meta-steps of glyphs, 2,000 of other data.
 
     For example:
       adaptax compare sinusoid
@@ -149,7 +149,7 @@ class Compare:
     seeds: int = 1
     """trainings of each algorithm"""
     episodes: OwnInt = None
-    """test episodes (600 if not given; 300 of glyphs, 2,000 sinusoids)"""
+    """test episodes (600 if not given; 150 of glyphs, 2,000 sinusoids)"""
     data_root: Word = None
     """folder of the data sets, else ADAPTAX_DATA, else the user's cache"""
     path: Word = None

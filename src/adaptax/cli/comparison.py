@@ -25,8 +25,8 @@ from .options import ALGORITHMS
 from .progress import scoring
 from .training import PICTURED, Trained, consoles, fit, free_folder, new_config, save_figure
 
-STEPS = {"sinusoid": 70_000, "glyphs": 400}
-EPISODES = {"sinusoid": 2_000, "glyphs": 300}
+STEPS = {"sinusoid": 70_000, "glyphs": 300}
+EPISODES = {"sinusoid": 2_000, "glyphs": 150}
 SHORT = 2_000
 """Meta-steps of families that are not in `STEPS`."""
 

@@ -317,12 +317,11 @@ def _without_paper(experiment: Experiment) -> Experiment:
     learner, network = dict(experiment.learner), dict(experiment.network)
     if experiment.algorithm == "reptile":
         # Few examples a class: train on all that an episode has.
-        learner |= {"include_query": True, "eval_steps": 20}
+        learner |= {"include_query": True, "eval_steps": 10}
     if experiment.algorithm == "pretrained":
         learner["adapt_everything"] = True
     network["head_init"] = "glorot"  # starts faster than MAML's N(0, 1)
-    evaluation = {"episodes": 600}
     return dataclasses.replace(
-        experiment, task=task, learner=learner, network=network, steps=2000, meta_batch=8,
-        evaluation=evaluation,
+        experiment, task=task, learner=learner, network=network, steps=2000,
+        meta_batch=min(experiment.meta_batch, 8), evaluation={"episodes": 600},
     )  # fmt: skip
