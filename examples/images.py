@@ -6,7 +6,7 @@ import jax
 
 import adaptax as ax
 
-steps = 10 if "--quick" in sys.argv else 2000
+steps, episodes = (10, 10) if "--quick" in sys.argv else (2000, 100)
 
 tasks = ax.tasks.glyphs(way=5, shot=1, query=5)  # or ax.tasks.omniglot(way=5, shot=1, query=5)
 model = ax.models.Conv4(out=5, key=jax.random.key(0), head_init="glorot")
@@ -23,11 +23,11 @@ learners = {
 for name, learner in learners.items():
     result = ax.fit(
         learner, model, tasks.train, steps=steps, meta_batch=8, key=jax.random.key(1),
-        validate=tasks.val, validation={"episodes": 40},
+        validate=tasks.val, validation={"episodes": episodes},
     )  # fmt: skip
     for transductive in (True, False):
         report = ax.evaluate(
-            learner, result.meta, tasks.test, key=jax.random.key(2), episodes=100,
+            learner, result.meta, tasks.test, key=jax.random.key(2), episodes=episodes,
             transductive=transductive,
         )  # fmt: skip
         print(f"{name}, transductive {transductive}:", report, sep="\n", end="\n\n")
