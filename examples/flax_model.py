@@ -30,4 +30,7 @@ learner = ax.MAML(ax.losses.cross_entropy, inner_lr=0.4, inner_steps=3)
 result = ax.fit(
     learner, Net(5, nnx.Rngs(0)), tasks.train, steps=steps, meta_batch=8, key=jax.random.key(1)
 )
-print(ax.evaluate(learner, result.meta, tasks.test, key=jax.random.key(2), episodes=10 * min(steps, 10)))
+report = ax.evaluate(
+    learner, result.meta, tasks.test, key=jax.random.key(2), episodes=10 * min(steps, 10)
+)
+print(report)

@@ -28,7 +28,10 @@ learner = ax.MAML(ax.losses.cross_entropy, inner_lr=0.1, inner_steps=3)
 result = ax.fit(
     learner, ax.from_torch(module), tasks.train, steps=steps, meta_batch=8, key=jax.random.key(1)
 )
-print(ax.evaluate(learner, result.meta, tasks.test, key=jax.random.key(2), episodes=10 * min(steps, 10)))
+report = ax.evaluate(
+    learner, result.meta, tasks.test, key=jax.random.key(2), episodes=10 * min(steps, 10)
+)
+print(report)
 
 task = tasks.test.sample(jax.random.key(3))
 adapted = learner.adapt(result.meta, task.support, key=jax.random.key(4))
