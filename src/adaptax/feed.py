@@ -15,7 +15,7 @@ from .task import HostTaskDistribution, Task, TaskDistribution, episode_key
 
 
 def load(tasks: TaskDistribution, key: PRNGKeyArray, episodes: Integer[Array, " *shape"]) -> PyTree:
-    """What a compiled program needs of these episodes: their keys, or their fetched data.
+    """What a compiled program needs of these episodes: keys and indices, or fetched data.
 
     Args:
         tasks: the distribution.
@@ -24,7 +24,7 @@ def load(tasks: TaskDistribution, key: PRNGKeyArray, episodes: Integer[Array, " 
     """
     keys = _keys(tasks.split, key, episodes)
     if not isinstance(tasks, HostTaskDistribution):
-        return keys
+        return keys, episodes
     plan = tasks.plan
     for _ in episodes.shape:
         plan = jax.vmap(plan)
@@ -33,7 +33,7 @@ def load(tasks: TaskDistribution, key: PRNGKeyArray, episodes: Integer[Array, " 
 
 def task(tasks: TaskDistribution, loaded: PyTree) -> Task:
     """One task from one episode's share of `load`; traceable."""
-    return loaded if isinstance(tasks, HostTaskDistribution) else tasks.sample(loaded)
+    return loaded if isinstance(tasks, HostTaskDistribution) else tasks.episode(*loaded)
 
 
 def prefetch(tasks: TaskDistribution, jobs: Iterable[Callable[[], Any]]) -> Iterator[Any]:

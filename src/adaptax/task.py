@@ -111,6 +111,13 @@ class TaskDistribution(eqx.Module):
         """The task that this key names."""
         raise NotImplementedError  # pragma: no cover - abstract
 
+    def episode(self, key: PRNGKeyArray, i: int | Integer[Array, ""]) -> Task:
+        """Episode `i` of a stream, whose own key is `key`. Here: the task that the key names.
+
+        A distribution over a list of tasks may go through the list instead.
+        """
+        return self.sample(key)
+
     def describe(self) -> dict[str, Any]:
         """What a report says of the tasks: name, ways, shots, queries, sizes."""
         return {"tasks": type(self).__name__, "split": self.split}

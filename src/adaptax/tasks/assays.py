@@ -1,0 +1,210 @@
+"""FS-Mol's assays, read from its own files or from one packed file."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import math
+import warnings
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
+
+from adaptax.io import write_atomic
+from adaptax.tasks import bank
+from adaptax.tasks.cache import cache_root
+from adaptax.tasks.sources import DataError
+
+URL = "https://figshare.com/ndownloader/files/31345321"
+FOLDS = {"train": "train", "val": "valid", "test": "test"}
+"""What FS-Mol calls the splits."""
+
+
+@dataclass(frozen=True)
+class Assays:
+    """Assays one after another: assay i has the rows `offsets[i]` to `offsets[i+1]`.
+
+    Args:
+        task: name of every assay.
+        split: `"train"`, `"valid"` or `"test"`, of every assay.
+        offsets: where assays begin, and where the last one ends.
+        fingerprint_bits: ECFP bits of every molecule, eight a byte, the first one highest.
+        log_activity: measured activity of every molecule, in decades; NaN where there is none.
+        active: whether the molecule counts as active in this assay.
+    """
+
+    task: Shaped[np.ndarray, " assays"]
+    split: Shaped[np.ndarray, " assays"]
+    offsets: Int[np.ndarray, " ends"]
+    fingerprint_bits: UInt8[np.ndarray, "molecules bytes"]
+    log_activity: Float[np.ndarray, " molecules"]
+    active: Bool[np.ndarray, " molecules"]
+
+
+NAMES = tuple(field.name for field in fields(Assays))
+
+
+def load(root: Path) -> Assays:
+    """All assays of all splits.
+
+    Raises:
+        FileNotFoundError: if there are none.
+        DataError: if files are broken.
+    """
+    for folder in (root / "fsmol", root / "FS-Mol", root):
+        packed = sorted(folder.glob("*.npz")) if folder.is_dir() else []
+        if packed:
+            return read_packed(packed[0])
+        if all((folder / fold).is_dir() for fold in FOLDS.values()):
+            return _release(folder)
+    raise FileNotFoundError(
+        f"no FS-Mol under {root}: expected fsmol/*.npz, or the folders fsmol/train, fsmol/valid "
+        f"and fsmol/test with a .jsonl.gz for every assay; fetch {URL} and unpack it there, or "
+        "point data_root or ADAPTAX_DATA at a folder that has it"
+    )
+
+
+def read_packed(path: Path) -> Assays:
+    """Assays in one npz file, with the fields of `Assays` for arrays; no pickles.
+
+    Raises:
+        DataError: if it is broken, or the arrays do not fit one another.
+    """
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as packed:
+            arrays = {name: packed[name] for name in NAMES}
+    # A file that is no zip archive is loaded as an array, which is no context.
+    except (AttributeError, KeyError, TypeError, ValueError, EOFError, OSError,
+            zipfile.BadZipFile, zlib.error) as error:  # fmt: skip
+        raise DataError(
+            f"{path} cannot be read as assays ({error}); expected an npz file of "
+            f"{', '.join(NAMES)}, without pickles; fetch it again"
+        ) from error
+    return _checked(arrays, path)
+
+
+def _checked(arrays: Mapping[str, np.ndarray], path: Path) -> Assays:
+    """Refuse arrays that do not fit one another, splits that are missing or share an assay."""
+    bits, ends = arrays["fingerprint_bits"], arrays["offsets"]
+    names, folds = arrays["task"], arrays["split"]
+    kinds = {"fingerprint_bits": "u", "log_activity": "f", "active": "b", "offsets": "iu",
+             "task": "U", "split": "U"}  # fmt: skip
+    sound = (
+        all(arrays[name].dtype.kind in kind for name, kind in kinds.items())
+        and bits.ndim == 2
+        and bits.dtype == np.uint8
+        and ends.ndim == 1
+        and arrays["log_activity"].shape == arrays["active"].shape == (len(bits),)
+        and names.shape == folds.shape == (len(ends) - 1,)
+        and ends[0] == 0
+        and ends[-1] == len(bits)
+        and bool((ends[1:] >= ends[:-1]).all())
+    )
+    if not sound:
+        raise DataError(
+            f"{path}: the arrays do not fit one another; expected rows offsets[i] to offsets[i+1] "
+            "of fingerprint_bits (uint8), log_activity (float) and active (bool) for every task"
+        )
+    there = sorted(set(folds.tolist()))
+    if set(there) != set(FOLDS.values()):
+        raise DataError(
+            f"{path} has the splits {', '.join(there) or 'none'}; expected train, valid and test"
+        )
+    none = np.zeros(0, int)
+    bank.check_disjoint(
+        {split: dict.fromkeys(names[folds == fold].tolist(), none) for split, fold in FOLDS.items()}
+    )
+    return Assays(**arrays)
+
+
+def _release(folder: Path) -> Assays:
+    """FS-Mol's own files, from the cache where they have been read before."""
+    files = {fold: _listed(folder, fold) for fold in FOLDS.values()}
+    state = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for of in files.values() for f in of]
+    digest = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:24]
+    kept = cache_root() / f"fsmol-{digest}.npz"
+    if kept.is_file():
+        try:
+            return read_packed(kept)
+        except DataError:
+            pass  # broken: the files are read again
+    data = _checked(_read_release(files), folder)
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **{name: getattr(data, name) for name in NAMES})
+    try:
+        write_atomic(kept, packed.getvalue())
+    except OSError as error:
+        warnings.warn(f"assays are not cached: {error}", stacklevel=2)
+    return data
+
+
+def _listed(folder: Path, fold: str) -> list[Path]:
+    """The files of a fold, those alone that the list of the release names if it is there."""
+    found = sorted((folder / fold).glob("*.jsonl.gz"))
+    table = folder / "fsmol-0.1.json"
+    if not table.is_file():
+        return found
+    try:
+        names = set(json.loads(table.read_text(encoding="utf-8"))[fold])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{table} is not the list of FS-Mol's assays, names by fold ({error}); fetch it again"
+        ) from error
+    return [path for path in found if _name(path) in names]
+
+
+def _read_release(files: Mapping[str, Sequence[Path]]) -> dict[str, np.ndarray]:
+    """The arrays of `Assays`."""
+    read = [(fold, path, _molecules(path)) for fold, of in files.items() for path in of]
+    if not read:
+        raise DataError("FS-Mol's folders hold no .jsonl.gz files; fetch it again")
+    bits, activity, active = zip(*(molecules for _, _, molecules in read))
+    widths = sorted({of.shape[1] for of in bits})
+    if len(widths) > 1:
+        raise DataError(
+            f"fingerprints have {' and '.join(str(8 * width) for width in widths)} bits; "
+            "expected the same number in every assay; fetch FS-Mol again"
+        )
+    return {
+        "task": np.array([_name(path) for _, path, _ in read], str),
+        "split": np.array([fold for fold, _, _ in read], str),
+        "offsets": np.cumsum([0, *map(len, bits)]),
+        "fingerprint_bits": np.concatenate(bits),
+        "log_activity": np.concatenate(activity),
+        "active": np.concatenate(active),
+    }
+
+
+def _molecules(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Packed fingerprints, activities and labels of one assay; counts of fragments become bits."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            molecules = [json.loads(line) for line in lines if line.strip()]
+        counts = np.array([m["fingerprints"] for m in molecules], np.float32)
+        activity = [_number(m["LogRegressionProperty"]) for m in molecules]
+        active = [_number(m["Property"]) > 0.5 for m in molecules]
+        bits = np.packbits(counts > 0, axis=1)
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} cannot be read as an assay ({type(error).__name__}: {error}); expected "
+            "gzipped lines of JSON with fingerprints, Property and LogRegressionProperty; fetch "
+            "it again"
+        ) from error
+    return bits, np.array(activity, np.float32), np.array(active, bool)
+
+
+def _name(path: Path) -> str:
+    return path.name.removesuffix(".jsonl.gz")
+
+
+def _number(value: Any) -> float:
+    """A number or the text of one; NaN for nothing."""
+    return math.nan if value in (None, "") else float(value)

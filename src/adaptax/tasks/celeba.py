@@ -1,0 +1,218 @@
+"""CelebA: faces with forty attributes (Liu et al. 2015), as PLATIPUS makes ambiguous tasks of."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, UInt8
+
+from adaptax.task import Splits, TaskDistribution
+from adaptax.tasks import attributes as attribute_tasks
+from adaptax.tasks import bank, images, sources
+from adaptax.tasks.attributes import AttributeTasks, StreamedAttributeTasks
+from adaptax.tasks.bank import MEMORY_BUDGET
+from adaptax.tasks.cache import cached
+from adaptax.tasks.episodes import HostRows
+from adaptax.tasks.sources import DataError
+
+ATTRIBUTE_SPLITS = (25 / 40, 5 / 40, 10 / 40)
+"""Fractions of the attributes for train, val and test."""
+
+LEAST = {"train": 2, "val": 3, "test": 3}
+"""Attributes of a conjunction, by split."""
+
+
+def celeba(
+    shot: int = 5,
+    query: int = 10,
+    *,
+    train_shot: int | None = None,
+    train_query: int | None = None,
+    data_root: str | os.PathLike | None = None,
+    image_size: int = 84,
+    resample: str = "lanczos",
+    attributes: Mapping[str, Sequence[str]] | None = None,
+    image_splits: Sequence[float] = (0.6, 0.15, 0.25),
+    seed: int = 0,
+    memory_budget: int = MEMORY_BUDGET,
+) -> Splits:
+    """Attribute tasks of CelebA's faces, x `(n, 84, 84, 3)` in [0, 1], y int32 in {0, 1}.
+
+    Meta-training draws two of its attributes: positives have both, negatives neither. Validation
+    and test are ambiguous: the support has three of their attributes, or none, and is judged by
+    the three readings that ask for two; see `AttributeTasks`, and `score_readings`.
+
+    No split shares an attribute with another: 25, 5 and 10 of the forty, shuffled by
+    `random.Random(seed)`. How many PLATIPUS took of each could not be confirmed, and which ones it
+    never said. Nor do the splits share an image, which is stricter than need be: the files are cut
+    in order into the three parts `image_splits`; one person may still occur in two of them.
+    Conjunctions with too few images for a task are left out, and `describe()["left_out"]` counts
+    them. Images of another aspect are squeezed to the square.
+
+    Args:
+        shot: support images a label.
+        query: query images a label, and a reading in the ambiguous tasks.
+        train_shot: support images a label in meta-training, if not `shot`.
+        train_query: query images a label in meta-training, if not `query`.
+        data_root: folder with `celeba/img_align_celeba.zip` (or a folder `img_align_celeba`) and
+            `celeba/list_attr_celeba.txt`, or that folder itself; default `ADAPTAX_DATA`.
+        image_size: side in pixels.
+        resample: nearest, bilinear, bicubic or lanczos.
+        attributes: names of the attributes for `"train"`, `"val"` and `"test"`, if not at random.
+        image_splits: fractions of the images for train, val and test.
+        seed: of the split of the attributes.
+        memory_budget: in bytes; a larger data set is streamed from the host.
+
+    Raises:
+        FileNotFoundError: if the images or the list are nowhere.
+        DataError: if files are broken, attributes are unknown or shared between splits, or no
+            conjunction has enough images.
+    """
+    designs = bank.designs(2, shot, query, train_shot, train_query)
+    images.check_format(image_size, 3, resample)
+    array, has, names = load(sources.data_root(data_root), image_size, resample)
+    chosen = _chosen(attributes, names, seed)
+    if len(image_splits) != 3 or min(image_splits) < 0 or sum(image_splits) > 1 + 1e-6:
+        raise DataError(
+            f"image_splits={tuple(image_splits)}; expected the fractions of the images for train, "
+            "val and test, three numbers that sum to at most 1"
+        )
+    ends = [round(sum(image_splits[:i]) * len(array)) for i in range(4)]
+    streamed = ends[-1] * array[:1].nbytes > memory_budget
+    made: dict[str, TaskDistribution] = {}
+    for split, first, last in zip(bank.NAMES, ends, ends[1:]):
+        columns = [names.index(name) for name in chosen[split]]
+        size, design = LEAST[split], designs[split]
+        pools, kept = attribute_tasks.pools(
+            has[first:last][:, columns], chosen[split], size, design, split
+        )
+        details = (
+            ("left_out", math.comb(len(columns), size) - len(kept)),
+            ("attributes", len(columns)),
+            ("attribute_split", "given" if attributes is not None else f"seed {seed}"),
+            ("images", last - first),
+            ("image_size", image_size),
+            ("resample", resample),
+        )
+        rest: dict[str, Any] = {
+            "pools": pools,
+            "design": design,
+            "split": split,
+            "name": "celeba",
+            "conjunctions": kept,
+            "details": details,
+        }
+        if streamed:
+            made[split] = StreamedAttributeTasks(
+                bank=HostRows(array, np.arange(first, last)), **rest
+            )
+        else:
+            made[split] = AttributeTasks(bank=jnp.asarray(array[first:last]), **rest)
+    return Splits(made["train"], made["val"], made["test"])
+
+
+def load(
+    root: Path, image_size: int = 84, resample: str = "lanczos"
+) -> tuple[
+    UInt8[np.ndarray, "images side side channels"],
+    Bool[np.ndarray, "images attributes"],
+    list[str],
+]:
+    """All listed faces as bytes, whether they have each attribute, and the attributes' names.
+
+    Raises:
+        FileNotFoundError: if the images or the list are nowhere.
+        DataError: if the list is broken or names images that are not there.
+    """
+    where, table = _find(root)
+    wanted, has, names = read_attributes(table)
+    with sources.open_files(where) as files:
+        by_base = {name.rsplit("/", 1)[-1]: name for name in files.names}
+        missing = [name for name in wanted if name not in by_base]
+        if missing:
+            raise DataError(
+                f"{where} lacks {len(missing)} of the {len(wanted)} images listed in {table.name}, "
+                f"first {missing[0]}; complete it or shorten the list"
+            )
+        found = [by_base[name] for name in wanted]
+        array = cached(
+            "celeba",
+            [files.fingerprint, found, resample],
+            (len(found), image_size, image_size, 3),
+            lambda out: images.decode_into(out, files, found, resample=resample),
+        )
+    return array, has, names
+
+
+def read_attributes(
+    path: Path,
+) -> tuple[list[str], Bool[np.ndarray, "images attributes"], list[str]]:
+    """File names, whether each image has each attribute, and the attributes' names.
+
+    Raises:
+        DataError: if it is not the official table: a count, a line of names, and for every image
+            its file name and 1 or −1 for each attribute.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    names = lines[1].split() if len(lines) > 1 else []
+    rows = [line.split(maxsplit=1) for line in lines[2:] if line.strip()]
+    files = [row[0] for row in rows]
+    try:
+        values = np.loadtxt([row[-1] for row in rows] or ["0"], np.int8, ndmin=2)
+    except ValueError:
+        values = np.zeros((0, 0), np.int8)
+    if values.shape != (len(files), len(names)) or not (abs(values) == 1).all():
+        raise DataError(
+            f"{path} is not CelebA's list_attr_celeba.txt: expected a count, a line of attributes, "
+            "and for every image its file name and 1 or -1 for each attribute; fetch it again"
+        )
+    return files, values == 1, names
+
+
+def _find(root: Path) -> tuple[Path, Path]:
+    """The images, and the list of their attributes."""
+    for folder in (root / "celeba", root / "CelebA", root):
+        archives = [folder / "img_align_celeba.zip", folder / "img_align_celeba"]
+        found, table = sources.first_existing(archives), folder / "list_attr_celeba.txt"
+        if found is not None and table.is_file():
+            return found, table
+    raise FileNotFoundError(
+        f"no CelebA under {root}: expected celeba/img_align_celeba.zip (or a folder "
+        "img_align_celeba) with list_attr_celeba.txt beside it; it may not be passed on, so obtain "
+        "it from its authors (https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html) and name its "
+        "folder by data_root or ADAPTAX_DATA"
+    )
+
+
+def _chosen(
+    given: Mapping[str, Sequence[str]] | None, names: list[str], seed: int
+) -> dict[str, list[str]]:
+    """The attributes of every split."""
+    if given is None:
+        chosen = bank.split_by_fraction(names, ATTRIBUTE_SPLITS, seed)
+    else:
+        chosen = {split: list(of) for split, of in given.items()}
+        if set(chosen) != set(bank.NAMES):
+            raise DataError(
+                f"attributes has the splits {', '.join(sorted(chosen)) or 'none'}; "
+                "expected train, val and test"
+            )
+    for split, of in chosen.items():
+        for name in of:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, 1) or [", ".join(names)]
+                raise DataError(f"{name!r} is no attribute of these images; expected {close[0]}")
+        if len(set(of)) < max(len(of), LEAST[split]):
+            raise DataError(
+                f"the {split} attributes are {', '.join(of) or 'none'}; expected at least "
+                f"{LEAST[split]}, each once"
+            )
+    bank.check_disjoint({split: {n: np.zeros(0, int) for n in of} for split, of in chosen.items()})
+    return chosen
