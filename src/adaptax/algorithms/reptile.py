@@ -33,6 +33,13 @@ class Reptile(MetaLearner):
     minibatch; Adam does not notice. It samples no query set: use tasks with `train_query=0` and
     more `train_shot`, or `include_query=True`. Batch normalisation's parameters are adapted.
 
+    Not all inner gradients `g_1 … g_k` need count: with `skip=s` the goal is `θ + U_k − U_s`, and
+    θ moves along `g_{s+1} + … + g_k`. With `skip=k−1` that is the last gradient alone, first-order
+    MAML with the last minibatch as its query (`--foml` in the released code; the paper's shared
+    tail). With `separate_tail=True` besides, that minibatch is the query of the task, which no
+    earlier step has seen (`--foml-tail`), and the gradient is α times that of `FOMAML` with k − 1
+    inner steps.
+
     Args:
         loss: of the inner loop.
         inner_lr: step size of inner gradient descent.
@@ -44,7 +51,12 @@ class Reptile(MetaLearner):
         outer_lr: ε at the start of meta-training, from where it falls linearly to 0.
         carry_state: keep the inner rule's state from task to task.
         include_query: meta-train on support and query together.
+        skip: inner steps at the start that are taken but do not count; fewer than `inner_steps`.
+        separate_tail: take the last inner step of meta-training on the query, not on the support.
         adapt_only: a predicate on leaf paths choosing what is adapted; everything if `None`.
+
+    Raises:
+        ValueError: if `skip` leaves no step, or the query has to serve two purposes.
     """
 
     loss: Loss = eqx.field(static=True)
@@ -58,7 +70,21 @@ class Reptile(MetaLearner):
     outer_lr: float = eqx.field(static=True, default=1.0)
     carry_state: bool = eqx.field(static=True, default=False)
     include_query: bool = eqx.field(static=True, default=False)
+    skip: int = eqx.field(static=True, default=0)
+    separate_tail: bool = eqx.field(static=True, default=False)
     adapt_only: tree.Predicate | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self) -> None:
+        if self.skip and not 0 < self.skip < self.inner_steps:
+            raise ValueError(
+                f"skip={self.skip} of inner_steps={self.inner_steps} should leave a step that "
+                "counts; skip at most inner_steps − 1"
+            )
+        if self.separate_tail and (self.include_query or self.inner_steps < 1):
+            raise ValueError(
+                "separate_tail=True takes the last inner step on the query: it wants "
+                "inner_steps of 1 or more, and include_query=False"
+            )
 
     def init(self, model: Model, *, key: PRNGKeyArray) -> Meta:
         """The model; with `carry_state`, `{"model": ..., "state": of the inner rule}`."""
@@ -80,20 +106,17 @@ class Reptile(MetaLearner):
     def meta_loss(
         self, meta: Meta, task: Task, *, key: PRNGKeyArray, progress: float | Array = 1.0
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """`½‖θ − stop(U_k(θ; S))‖²`, and the same for a carried state of the inner rule."""
+        """`½‖θ − stop(φ)‖²`, and the same for a carried state of the inner rule."""
         return self.reference(meta, task, at=meta, key=key, progress=progress), {}
 
     def reference(
         self, meta: Meta, task: Task, *, at: Meta, key: PRNGKeyArray, progress: float | Array = 1.0
     ) -> Float[Array, ""]:
-        """`½‖θ − U_k(at; S)‖²`: the goal is held fixed."""
-        draw_key, union_key, order_key = jax.random.split(key, 3)
-        support = _union(task, _model(at), union_key) if self.include_query else task.support
-        support = _minibatches(support, self.inner_batch, order_key)
-        goal = self._descend(at, support, draw_key, self.inner_steps)
-        distance = tree.squared_distance(_model(meta), inner.stop(goal.model))
+        """`½‖θ − φ‖²`, φ computed from `at`: the goal is held fixed."""
+        goal, state = self._goal(at, task, key)
+        distance = tree.squared_distance(_model(meta), inner.stop(goal))
         if self.carry_state:
-            distance += tree.squared_distance(meta["state"], inner.stop(_as_floats(goal.state)))
+            distance += tree.squared_distance(meta["state"], inner.stop(_as_floats(state)))
         return distance / 2
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
@@ -112,6 +135,8 @@ class Reptile(MetaLearner):
             "eval_steps": self.inner_steps if self.eval_steps is None else self.eval_steps,
             "inner_batch": self.inner_batch or "all",
             "inner_rule": "given" if self.inner_optimizer else f"SGD {self.inner_lr}",
+            **({"skip": self.skip} if self.skip else {}),
+            **({"separate_tail": True} if self.separate_tail else {}),
         }
 
     @property
@@ -131,14 +156,41 @@ class Reptile(MetaLearner):
             steps = self.inner_steps if self.eval_steps is None else self.eval_steps
         return self._descend(meta, support, draw_key, steps, **how)
 
+    def _goal(self, at: Meta, task: Task, key: PRNGKeyArray) -> tuple[Model, PyTree]:
+        """Where the outer loop pulls the model, `θ + U_k − U_skip`, and the inner rule's state."""
+        draw_key, query_key, order_key = jax.random.split(key, 3)
+        start = _model(at)
+        support = _union(task, start, query_key) if self.include_query else task.support
+        support = _minibatches(support, self.inner_batch, order_key)
+        steps = self.inner_steps - self.separate_tail
+        end = self._descend(at, support, draw_key, steps, keep_path=self.skip > 0)
+        goal, state = end.model, end.state
+        if self.separate_tail:
+            tail = self._run(goal, state, task.query, query_key, 1)
+            goal, state = tail.model, tail.state
+        if self.skip:
+            seen = jax.tree.map(lambda a: a[self.skip] if eqx.is_array(a) else a, end.path)
+            goal = tree.shift(start, goal, seen)
+        return goal, state
+
     def _descend(
         self, meta: Meta, support: Source, key: PRNGKeyArray, steps: int, **how: Any
     ) -> inner.Descent:
-        start = _model(meta)
-        state = None
+        start, state = _model(meta), None
         if self.carry_state:
             adapted = eqx.filter(start, tree.adaptable(start, self._adapt_only))
             state = _as(jax.eval_shape(self._rule.init, adapted), meta["state"])
+        return self._run(start, state, support, key, steps, **how)
+
+    def _run(
+        self,
+        start: Model,
+        state: PyTree,
+        support: Source,
+        key: PRNGKeyArray,
+        steps: int,
+        **how: Any,
+    ) -> inner.Descent:
         return inner.run(
             self.loss,
             start,
