@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors import safe_open
 
 import adaptax
-from adaptax.cli import commands, comparison, main, options
+from adaptax.cli import ablation, commands, comparison, main, options
 from adaptax.cli.inspection import image_format, load
 from adaptax.cli.progress import Watcher, watching
 from adaptax.recipes import ALGORITHMS, RECIPES, TASKS, Experiment, book
@@ -259,6 +259,75 @@ def test_compare_trains_tests_and_goes_on(here, capsys, monkeypatch):
     words[words.index("10")] = "12"
     assert main(words) == 2
     assert "--out" in capsys.readouterr().err
+
+
+def test_ablate_trains_tests_and_goes_on(here, capsys, monkeypatch):
+    tiny = {"conv4": "maml++ omniglot", "filters": 2, "down": "stride", "head": "mean"}
+    ablated = ablation.ablated
+    monkeypatch.setattr(
+        ablation, "ablated",
+        lambda *row: dataclasses.replace(ablated(*row), network=tiny),
+    )  # fmt: skip
+    words = ["ablate", "glyphs", "--rows", "maml", "learned-rates", "--way", "3", "--steps", "2",
+             "--meta-batch", "1", "--episodes", "4", "--out", "abl"]  # fmt: skip
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "+ learned rates" in shown
+    assert "ensemble of the best 3" in shown
+    result = json.loads((here / "abl" / "ablation.json").read_text())
+    assert [row["name"] for row in result["rows"]] == ["MAML", "+ learned rates"]
+    assert {row["single"]["protocol"]["episodes"] for row in result["rows"]} == {4}
+    assert result["rows"][1]["single"]["protocol"]["parts"] == "learned rates"
+    assert (here / "abl" / "ablation.png").stat().st_size > 1000
+    trained = (here / "abl" / "maml" / "checkpoint.safetensors").stat().st_mtime_ns
+    assert main([*words, "--json"]) == 0  # nothing is trained anew
+    again = json.loads(capsys.readouterr().out)
+    assert again["rows"][0]["single"] == result["rows"][0]["single"]
+    assert (here / "abl" / "maml" / "checkpoint.safetensors").stat().st_mtime_ns == trained
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["ablate", "sinusoid"], "of image classification"),
+        (["ablate", "glyphs", "--rows", "momentum"], "no row of the ablation"),
+    ],
+)
+def test_ablate_says_what_is_wrong(words, said, capsys, here):
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
+    assert not list(here.iterdir())
+
+
+def test_an_ensemble_is_scored_beside_the_single_model(here, capsys):
+    words = ["--steps", "1000", "--validate-every", "500", "--keep", "2", "--run", "kept"]
+    assert main([*SINE, *words]) == 0
+    result = json.loads((here / "kept" / "test.json").read_text())
+    assert result["protocol"]["model"] == "single"
+    assert result["ensemble"]["protocol"]["model"] == "ensemble of 2"
+    capsys.readouterr()
+    assert main(["evaluate", "kept", "--ensemble", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["result"] == result["ensemble"]["result"]
+
+
+def test_the_untrained_network_is_scored_on_the_same_episodes(sine_run, capsys):
+    before, after = [], []
+    for words, curve in ((["--untrained"], before), ([], after)):
+        assert main(["evaluate", str(sine_run), "--json", *words]) == 0
+        result = json.loads(capsys.readouterr().out)
+        curve += [row["mse"] for row in result["curve"]]
+    assert result["meta_step"] == 20
+    experiment = load(str(sine_run))[0]
+    splits = experiment.splits(test=True)
+    direct = experiment.test(experiment.model(), splits)
+    np.testing.assert_allclose(before, [direct.mean("mse", i) for i in range(len(before))])
+    assert before != after
+    assert main(["evaluate", str(sine_run), "--untrained", "--ensemble"]) == 2
+
+
+def test_one_checkpoint_is_no_ensemble(sine_run, capsys):
+    assert main(["evaluate", str(sine_run), "--ensemble"]) == 2
+    assert "kept one checkpoint" in capsys.readouterr().err
 
 
 def test_recipes_list_and_show(capsys):

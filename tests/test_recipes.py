@@ -14,9 +14,11 @@ from adaptax.recipes import (
     COMPARED,
     PAPER_CURVES,
     RECIPES,
+    ROWS,
     TASKS,
     TITLES,
     Experiment,
+    ablated,
     closest,
     comparable,
 )
@@ -108,6 +110,60 @@ def test_reptile_tables(data, way, shot, rate, batch, steps, train_shot, eval_ba
     assert experiment.build_learner().outer_lr == 1.0
 
 
+@pytest.mark.parametrize(
+    ("data", "way", "shot", "rate", "annealed", "meta_batch", "filters", "accuracy"),
+    [
+        ("omniglot", 5, 1, 0.1, 20, 16, 64, "99.47"),
+        ("omniglot", 5, 5, 0.1, 20, 8, 64, "99.85 or 99.93"),
+        ("omniglot", 20, 1, 0.1, 20, 16, 64, "97.65 ± .05"),
+        ("omniglot", 20, 5, 0.1, 20, 8, 64, "99.33 ± .03"),
+        ("mini_imagenet", 5, 1, 0.01, 50, 4, 32, "52.15 ± .26"),
+        ("mini_imagenet", 5, 5, 0.01, 50, 2, 32, "68.32 ± .44"),
+    ],
+)
+def test_maml_plus_plus_tables(data, way, shot, rate, annealed, meta_batch, filters, accuracy):
+    name, mini = f"maml++-{data}-{way}w{shot}s", data == "mini_imagenet"
+    experiment, task, _ = cell(name)
+    learner = experiment.build_learner()
+    assert accuracy in RECIPES[name].paper
+    assert (task["way"], task["shot"], task["query"]) == (way, shot, 15 if mini else 1)
+    assert (experiment.steps, experiment.meta_batch) == (250 * 500, meta_batch)
+    assert (learner.inner_steps, learner.inner_lr, learner.epochs) == (5, rate, 250)
+    assert learner.multi_step_loss * learner.epochs == annealed
+    assert (learner.outer_lr, learner.outer_lr_min) == (1e-3, 1e-5)
+    assert learner.clip == (10.0 if mini else None)
+    assert (task.get("normalise"), task.get("protocol")) == (
+        (True, None) if mini else (None, "maml++")
+    )
+    assert experiment.keep == 5
+    model = eqx.filter_eval_shape(experiment.model)
+    assert model.head.weight.shape == (800 if mini else 64, way)
+    assert (model.blocks[0][0].weight.shape[-1], model.slope) == (filters, 0.01)
+    assert model.blocks[0][1].scale is not None
+
+
+def test_the_rows_of_the_ablation():
+    experiments = {row: ablated(row, "omniglot", 20, 1) for row in ROWS}
+    learners = {row: experiment.build_learner() for row, experiment in experiments.items()}
+    parts = {row: learner.describe()["parts"] for row, learner in learners.items()}
+    assert parts["maml"] == parts["maml-own-rate"] == "none"
+    assert parts["multi-step-loss"] == "multi-step loss"
+    assert parts["learned-rates"] == "learned rates"
+    assert parts["cosine"] == "cosine annealing"
+    assert parts["derivative-order"] == "derivative-order annealing"
+    assert parts["batch-norm"] == "per-step statistics (code), per-step batch-norm weights"
+    assert set(parts["maml++"].split(", ")) == {
+        part for row in ROWS if row != "maml++" for part in parts[row].split(", ")
+    } - {"none"}
+    assert learners["maml-own-rate"].inner_lr == 2.0
+    whole = experiments["maml++"]
+    for experiment in experiments.values():
+        assert experiment.task == whole.task
+        assert experiment.network == whole.network
+    short = RECIPES["maml++-omniglot-20w1s-short"].experiment
+    assert (whole.task, whole.network, whole.learner) == (short.task, short.network, short.learner)
+
+
 def test_maml_without_convolutions():
     for shot, printed in ((1, "89.7 ± 1.1"), (5, "97.5 ± 0.6")):
         name = f"maml-omniglot-5w{shot}s-mlp"
@@ -155,6 +211,14 @@ def test_compared_algorithms_share_tasks_and_network():
             assert all(bool(jnp.array_equal(x, y)) for x, y in zip(a, b) if eqx.is_array(x))
 
 
+def test_maml_plus_plus_is_compared_on_the_same_episodes():
+    for tasks in ("omniglot", "glyphs"):
+        mine, others = (comparable(name, tasks) for name in ("maml++", "maml"))
+        assert mine.task == others.task
+        assert mine.evaluation == others.evaluation
+    assert mine.network == others.network  # where no paper has a number
+
+
 def test_pretrained_is_joint_training():
     learner = comparable("pretrained", "sinusoid").build_learner()
     tasks = ax.tasks.sinusoid().train
@@ -184,18 +248,31 @@ def test_restore_gives_the_best_by_validation(tmp_path):
     result = experiment.train(
         splits, run, validate=splits.val, validate_every=2, chunk=2, validation={"episodes": 4}
     )
-    meta, step = experiment.restore(run)
+    meta, step, _ = experiment.restore(run)
     assert step == result.best_step
     for a, b in zip(jax.tree.leaves(meta), jax.tree.leaves(result.meta)):
         if eqx.is_array(a):
             np.testing.assert_array_equal(a, b)
 
 
+def test_restore_gives_what_was_kept(tmp_path):
+    experiment = small(steps=8, keep=2)
+    run, splits = ax.Run(tmp_path / "run"), experiment.splits()
+    result = experiment.train(
+        splits, run, validate=splits.val, validate_every=2, chunk=2, validation={"episodes": 4}
+    )
+    kept = experiment.restore(run)[2]
+    np.testing.assert_array_equal(kept.head.weight, result.kept.head.weight)
+    assert kept.head.weight.shape[0] == 2
+    scores = experiment.test(kept, experiment.splits(test=True), ensemble=True, episodes=2)
+    assert scores.protocol["model"] == "ensemble of 2"
+
+
 def test_restore_without_validation_gives_the_last(tmp_path):
     experiment = small()
     run = ax.Run(tmp_path / "run")
     result = experiment.train(experiment.splits(), run)
-    meta, step = experiment.restore(run)
+    meta, step, _ = experiment.restore(run)
     assert step == 4
     np.testing.assert_array_equal(meta.head.weight, result.last.head.weight)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import equinox as eqx
@@ -86,6 +87,7 @@ def run(
     remat: bool = False,
     adapt_only: tree.Predicate | None = None,
     keep_path: bool = False,
+    view: Callable[[PyTree, Any], Model] | None = None,
 ) -> Descent:
     """Adapt a model by `steps` gradient steps on `support`; differentiable in everything.
 
@@ -103,6 +105,10 @@ def run(
             that memory grows with the parameters, not the activations, times `steps`.
         adapt_only: which leaves to adapt; see `adaptax.tree.adaptable`.
         keep_path: also keep the model after every step.
+        view: the model as step `i` sees it, `view(model, i)`, differentiable; for what changes
+            from step to step, such as per-step batch normalisation. Then `model` may be any
+            pytree of which `view` makes a model. With `first_order`, whatever it closes over
+            should carry no derivative: see `stop`.
 
     Raises:
         ValueError: unless exactly one of `lr` and `optimizer` is given and `steps >= 0`.
@@ -113,6 +119,7 @@ def run(
         raise ValueError(f"the inner loop takes 0 or more steps, not {steps}")
     rule = sgd(lr) if optimizer is None else optimizer
     start, fixed = eqx.partition(model, tree.adaptable(model, adapt_only))
+    seen = view or (lambda model, step: model)
 
     def gradient(params: PyTree, step: Any) -> PyTree:
         source, rest = support, fixed
@@ -121,8 +128,8 @@ def run(
             # differentiating the loop never traces the derivative of a gradient.
             params, rest, source = stop((params, rest, source))
         now = source.at(step) if hasattr(source, "at") else source
-        batch = now.draw(eqx.combine(params, rest), jax.random.fold_in(key, step))
-        return jax.grad(lambda p: loss(eqx.combine(p, rest), batch))(params)
+        batch = now.draw(seen(eqx.combine(params, rest), step), jax.random.fold_in(key, step))
+        return jax.grad(lambda p: loss(seen(eqx.combine(p, rest), step), batch))(params)
 
     def step(carry: PyTree, i: Any) -> tuple[PyTree, PyTree]:
         params, state = carry

@@ -102,6 +102,7 @@ def check_meta_gradient(
     *,
     key: PRNGKeyArray | None = None,
     rtol: float = 1e-6,
+    progress: float = 1.0,
 ) -> None:
     """Check the meta-gradient against finite differences in float64.
 
@@ -122,6 +123,8 @@ def check_meta_gradient(
         key: what is random in the checks.
         rtol: largest relative error, of a derivative that is not much smaller than is usual for
             its direction.
+        progress: how far meta-training is, in `[0, 1]`: a learner whose schedule changes the
+            gradient (MAML++) is to be checked in every phase.
 
     Raises:
         AssertionError: saying in one sentence which derivative is wrong.
@@ -134,16 +137,18 @@ def check_meta_gradient(
         learner, model, batch = _double(learner), _double(model), _double(batch)
         meta = _double(learner.init(model, key=init_key))
         trained, fixed = eqx.partition(meta, eqx.is_inexact_array)
-        keys = jax.random.split(key, TASKS)
+        keys, now = jax.random.split(key, TASKS), jnp.array(progress, float)
 
         def reference(trained: PyTree, at: PyTree) -> Float[Array, ""]:
             def one(task: Task, key: PRNGKeyArray) -> Array:
                 here, there = eqx.combine(trained, fixed), eqx.combine(at, fixed)
-                return learner.reference(here, task, at=there, key=key, progress=jnp.array(1.0))
+                return learner.reference(here, task, at=there, key=key, progress=now)
 
             return jnp.mean(eqx.filter_vmap(one)(batch, keys))
 
-        (value, _), gradient = eqx.filter_jit(meta_value_and_grad)(learner, meta, batch, key=key)
+        (value, _), gradient = eqx.filter_jit(meta_value_and_grad)(
+            learner, meta, batch, key=key, progress=now
+        )
         _compare("meta-gradient", lambda t: reference(t, trained), trained, value, gradient,
                  0, rtol)  # fmt: skip
 

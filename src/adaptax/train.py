@@ -43,7 +43,11 @@ class TrainingDiverged(FloatingPointError):
 
 
 class State(eqx.Module):
-    """Everything that training depends on, besides its arguments: what a checkpoint holds."""
+    """Everything that training depends on, besides its arguments: what a checkpoint holds.
+
+    The best meta-parameters by validation lead with an axis of ranks, the best of all first, as
+    do their scores (minus infinity where there are not so many yet) and steps.
+    """
 
     step: Array
     meta: PyTree
@@ -64,6 +68,8 @@ class Result:
         step: meta-steps done.
         best_step: the step that `meta` is from.
         best_score: its validation score, `None` without validation.
+        kept: the best meta-parameters by validation, best first, stacked along a leading axis, for
+            `adaptax.CheckpointEnsemble`; `None` without validation.
         history: a record for every chunk of steps: step, loss, seconds, and validation scores.
         stopped: why training ended: `"done"`, `"early"` or `"interrupted"`.
     """
@@ -73,6 +79,7 @@ class Result:
     step: int
     best_step: int
     best_score: float | None
+    kept: Meta | None
     history: list[dict[str, Any]]
     stopped: str
 
@@ -90,6 +97,7 @@ def fit(
     validate_every: int | None = None,
     validation: dict[str, Any] | None = None,
     patience: int | None = None,
+    keep: int = 1,
     run: Run | str | None = None,
     resume: bool = False,
     chunk: int | None = None,
@@ -117,6 +125,7 @@ def fit(
         validate_every: meta-steps between validations; a tenth of `steps` if `None`.
         validation: arguments of `evaluate` for it; 200 episodes unless told otherwise.
         patience: stop after so many validations without improvement.
+        keep: how many of the best meta-parameters by validation to keep.
         run: folder for checkpoints, metrics and TensorBoard events.
         resume: continue the run in that folder.
         chunk: meta-steps in one compiled program; by default 500 of light tasks or 20 of heavy.
@@ -136,6 +145,8 @@ def fit(
         raise ValueError("fit was given all splits of the tasks; give it tasks.train and tasks.val")
     if steps < 1 or meta_batch < 1:
         raise ValueError(f"steps and meta_batch are at least 1, not {steps} and {meta_batch}")
+    if keep < 1:
+        raise ValueError(f"keep is 1 or more, not {keep}")
     if validate is not None and validate.split == "test":
         raise ValueError(
             "validate= was given the test split, and a model selected on it has no honest test "
@@ -146,7 +157,7 @@ def fit(
     run = Run(run) if isinstance(run, str) else run
     optimizer = optimizer or learner.optimizer(steps)
     task_key, learner_key, init_key, validation_key = jax.random.split(key, 4)
-    state, fixed = initial_state(learner, model, optimizer, init_key)
+    state, fixed = initial_state(learner, model, optimizer, init_key, keep)
     fast_learner = with_fast_path(learner, fast_path)
     heavy = _is_heavy(fast_learner, eqx.combine(state.meta, fixed), tasks, task_key)
     chunk = chunk or (20 if heavy else 500)
@@ -154,7 +165,7 @@ def fit(
     mesh = _mesh(devices, meta_batch, heavy)
     plan = {"steps": steps, "meta_batch": meta_batch, "chunk": chunk,
             "key": np.asarray(io.plain(key)).tolist(),
-            "validate_every": validate_every}  # fmt: skip
+            "validate_every": validate_every, "keep": keep}  # fmt: skip
     history: list[dict[str, Any]] = []
     if run is not None:
         state, history = run.begin(state, plan, resume)
@@ -170,11 +181,11 @@ def fit(
     program = _program(fast_learner, optimizer, fixed, meta_batch, steps, mapping, mesh)
 
     def outcome(stopped: str) -> Result:
-        score = None if validate is None else float(state.best_score)
-        best = state.meta if validate is None else state.best
-        best_step = int(state.step if validate is None else state.best_step)
-        return Result(eqx.combine(best, fixed), eqx.combine(state.meta, fixed), int(state.step),
-                      best_step, score, history, stopped)  # fmt: skip
+        last, now = eqx.combine(state.meta, fixed), int(state.step)
+        if validate is None:
+            return Result(last, last, now, now, None, None, history, stopped)
+        best, step, score, kept = best_of(state, fixed)
+        return Result(best, last, now, step, score, kept, history, stopped)
 
     def bounds() -> Iterator[tuple[int, int]]:
         start = int(state.step)
@@ -235,14 +246,41 @@ def fit(
 
 
 def initial_state(
-    learner: MetaLearner, model: Model, optimizer: optax.GradientTransformation, key: PRNGKeyArray
+    learner: MetaLearner,
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    key: PRNGKeyArray,
+    keep: int = 1,
 ) -> tuple[State, PyTree]:
     """The state before the first meta-step, and what of the meta-parameters is not trained."""
     trained, fixed = eqx.partition(learner.init(model, key=key), eqx.is_inexact_array)
     zero = jnp.zeros((), jnp.int32)
-    state = State(zero, trained, optimizer.init(trained), trained, jnp.array(-jnp.inf), zero, zero)
+    best = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], keep, axis=0), trained)
+    state = State(
+        step=zero,
+        meta=trained,
+        opt_state=optimizer.init(trained),
+        best=best,
+        best_score=jnp.full(keep, -jnp.inf),
+        best_step=jnp.zeros(keep, jnp.int32),
+        stale=zero,
+    )
     # Copies: the compiled program reuses the memory of its arguments, and the caller's stay.
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state), fixed
+
+
+def best_of(state: State, fixed: PyTree) -> tuple[Meta, int, float, Meta]:
+    """The best meta-parameters of a state, their step and score, and all that are kept."""
+    count = max(int(jnp.isfinite(state.best_score).sum()), 1)
+    kept = jax.tree.map(lambda leaf: leaf[:count], state.best)
+    best = jax.tree.map(lambda leaf: leaf[0], kept)
+    stacked = jax.tree.map(
+        lambda leaf: jnp.repeat(leaf[None], count, axis=0) if eqx.is_array(leaf) else leaf, fixed
+    )
+    return (
+        eqx.combine(best, fixed), int(state.best_step[0]), float(state.best_score[0]),
+        eqx.combine(kept, stacked),
+    )  # fmt: skip
 
 
 def _program(
@@ -299,17 +337,22 @@ def _program(
 
 
 def _select(state: State, score: float) -> State:
-    """Keep the current meta-parameters if they are the best so far."""
+    """Keep the current meta-parameters if they are among the best so far."""
     score = float(np.asarray(score, state.best_score.dtype))  # as it was kept
-    if score <= float(state.best_score):
-        return dataclasses.replace(state, stale=state.stale + 1)
+    scores = np.append(state.best_score, score)
+    # Stable: of equals the earlier stays ahead.
+    order = np.argsort(-scores, kind="stable")[:-1]
+
+    def ranked(best: Array, now: Array) -> Array:
+        return jnp.concatenate([best, now[None]])[order]
+
+    improved = score > float(state.best_score[0])
     return dataclasses.replace(
         state,
-        # Copied, since the next chunk reuses the memory of `meta`.
-        best=jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state.meta),
-        best_score=jnp.array(score, state.best_score.dtype),
-        best_step=jnp.array(state.step, copy=True),
-        stale=jnp.zeros((), jnp.int32),
+        best=jax.tree.map(ranked, state.best, state.meta),
+        best_score=ranked(state.best_score, jnp.array(score, state.best_score.dtype)),
+        best_step=ranked(state.best_step, state.step),
+        stale=jnp.zeros((), jnp.int32) if improved else state.stale + 1,
     )
 
 

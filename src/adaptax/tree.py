@@ -16,9 +16,22 @@ Predicate = Callable[[str], bool]
 
 def paths(tree: PyTree) -> PyTree[str]:
     """The path of every leaf, as a tree of strings: attributes, keys and indices joined by `/`."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"), tree
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), tree)
+
+
+def path_name(path: Any) -> str:
+    """A path of `jax.tree_util` as `paths` writes it."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def by_path(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by their paths."""
+    return dict(zip(jax.tree.leaves(paths(tree)), jax.tree.leaves(tree), strict=True))
+
+
+def replace(tree: PyTree, leaves: dict[str, Any]) -> PyTree:
+    """The tree with other leaves at some paths."""
+    return jax.tree.map(lambda path, leaf: leaves.get(path, leaf), paths(tree), tree)
 
 
 def every(path: str) -> bool:

@@ -16,12 +16,17 @@ TOP = {
     "train": commands.Train,
     "evaluate": commands.Evaluate,
     "compare": commands.Compare,
+    "ablate": commands.Ablate,
     "predict": commands.Predict,
 }
 RECIPES = {
     "list": commands.RecipesList,
     "show": commands.RecipesShow,
     "run": commands.RecipesRun,
+}
+ANALYZE = {
+    "gradients": commands.AnalyzeGradients,
+    "taylor": commands.AnalyzeTaylor,
 }
 ABOUT = """Meta-learning of the MAML family.
 
@@ -33,6 +38,10 @@ ABOUT_RECIPES = """The experiments of the papers' tables, by name.
 
 For example:
   adaptax recipes run maml-sinusoid"""
+ABOUT_ANALYZE = """What meta-gradients are made of: the analysis of Reptile's paper, measured.
+
+For example:
+  adaptax analyze taylor sinusoid"""
 HOST_DEVICES = "--xla_force_host_platform_device_count"
 
 
@@ -74,15 +83,18 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _parse(words: Sequence[str]):  # type: ignore[no-untyped-def]
     """The command that the words ask for."""
-    app, recipes = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
+    app, recipes, analyze = (tyro.extras.SubcommandApp() for _ in range(3))
     # In the list of commands a line each will do; their own help is told whole.
-    whole = any(word in words for word in (*TOP, *RECIPES))
-    for group, known in ((app, TOP), (recipes, RECIPES)):
+    whole = any(word in words for word in (*TOP, *RECIPES, *ANALYZE))
+    for group, known in ((app, TOP), (recipes, RECIPES), (analyze, ANALYZE)):
         for name, command in known.items():
             text = inspect.cleandoc(command.__doc__ or "")
             group.command(name=name, help=text if whole else text.split("\n")[0])(command)
-    app.command(recipes, name="recipes", help=ABOUT_RECIPES if "recipes" in words
-                else ABOUT_RECIPES.split("\n")[0])  # fmt: skip
+    for name, group, about in (
+        ("recipes", recipes, ABOUT_RECIPES),
+        ("analyze", analyze, ABOUT_ANALYZE),
+    ):
+        app.command(group, name=name, help=about if name in words else about.split("\n")[0])
     return app.cli(prog="adaptax", description=ABOUT, args=words)
 
 

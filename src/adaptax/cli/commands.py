@@ -21,7 +21,7 @@ class Train:
     scores and plots. Settings that are not given are those of the closest recipe; see
     `adaptax recipes list`. Ctrl-C saves, and says how to go on.
 
-    ALGORITHM is maml, fomaml, anil, meta-sgd, reptile or pretrained (joint training, then
+    ALGORITHM is maml, fomaml, anil, meta-sgd, maml++, reptile or pretrained (joint training, then
     fine-tuning); TASKS is sinusoid, omniglot, mini_imagenet, glyphs (drawn from Matplotlib's
     fonts, no download) or folder (your images, a class a directory).
 
@@ -72,6 +72,8 @@ class Train:
     """meta-steps between validations, else a tenth of all"""
     patience: OwnInt = None
     """stop after so many validations without improvement"""
+    keep: Int = None
+    """best checkpoints by validation to keep; of two or more the ensemble is scored too"""
     fast_path: bool = True
     """rewrite convolutions as matrix products where that is faster"""
     mapping: Mapping = "auto"
@@ -109,6 +111,10 @@ class Evaluate:
     """whose episodes"""
     transductive: bool = True
     """predict the queries of an episode together, so that batch normalisation mixes them"""
+    ensemble: Flag = False
+    """score the ensemble of the checkpoints that the run kept"""
+    untrained: Flag = False
+    """score the network as it was before meta-training, which says what that was worth"""
     data_root: Word = None
     """folder of the data sets, if not the one that the run was trained from"""
     json: Flag = False
@@ -164,6 +170,51 @@ class Compare:
         from .comparison import compare
 
         compare(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ablate:
+    """Train MAML, MAML with each part of MAML++, and MAML++, and test them on the same episodes.
+
+    Writes ablation.json, ablation.png and a run folder for each row: maml-own-rate (that of MAML's
+    paper), maml, multi-step-loss, learned-rates, batch-norm, cosine, derivative-order, maml++.
+    The single model is scored, and beside it the ensemble of the best 3 checkpoints by
+    validation. The same command on the same folder goes on where it was interrupted. The defaults
+    take about half an hour on two cores; the paper's length is --steps 125000 --meta-batch 16.
+
+    For example:
+      adaptax ablate omniglot
+      adaptax ablate omniglot --rows maml maml++ --steps 4000 --meta-batch 8
+    """
+
+    tasks: Family
+    """what to train on: omniglot, mini_imagenet or glyphs"""
+    rows: tuple[str, ...] = ()
+    """which; all if not given"""
+    way: int = 20
+    """classes an episode"""
+    shot: int = 1
+    """support examples a class"""
+    steps: int = 1000
+    """meta-steps"""
+    meta_batch: int = 4
+    """tasks a meta-step"""
+    episodes: int = 600
+    """test episodes"""
+    seed: int = 0
+    """names all randomness"""
+    data_root: Word = None
+    """folder of the data sets, else ADAPTAX_DATA, else the user's cache"""
+    out: Word = None
+    """folder to write, else runs/ablate-TASKS"""
+    json: Flag = False
+    """print the ablation as JSON"""
+
+    def __call__(self) -> None:
+        """Run it."""
+        from .ablation import ablate
+
+        ablate(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,3 +318,96 @@ class Predict:
         from .inspection import predict
 
         predict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnalyzeGradients:
+    """Which inner gradients to follow: the experiments of section 6 of Reptile's paper.
+
+    Meta-trains Reptile's network on 5-way 5-shot Omniglot, once for each way to make an outer
+    update of the gradients g1, g2, … of a task's minibatches. STUDY is combinations: g1, g1+g2,
+    (g1+g2)/2, g2 and so on, up to four minibatches; or overlap: Reptile, first-order MAML whose
+    last minibatch overlaps earlier ones from the fifth step on, and first-order MAML that keeps
+    images for it, by the number of inner steps.
+
+    Writes a run folder for each training, gradient_combinations.json and .png, or overlap.json
+    and .png. The same command on the same folder goes on where it was interrupted. The short
+    versions, of 2,000 and 1,000 outer iterations, take about 12 minutes each on two cores; the
+    paper's length is --steps 40000, about 20 times as long.
+
+    For example:
+      adaptax analyze gradients
+      adaptax analyze gradients --steps 40000 --out runs/combinations
+      adaptax analyze gradients --study overlap --inner-steps 2 3 4 5 6
+    """
+
+    study: Literal["combinations", "overlap"] = "combinations"
+    """which of the two"""
+    steps: OwnInt = None
+    """outer iterations (2,000 if not given; 1,000 for the overlap)"""
+    inner_steps: tuple[int, ...] = ()
+    """of the study of overlap; 2 4 5 6 8 if not given"""
+    episodes: int = 400
+    """test episodes"""
+    seed: int = 0
+    """names all randomness"""
+    data_root: Word = None
+    """folder of the data sets, else ADAPTAX_DATA, else the user's cache"""
+    out: Word = None
+    """folder to write, else runs/analyze-STUDY"""
+    json: Flag = False
+    """print the study as JSON"""
+
+    def __call__(self) -> None:
+        """Run it."""
+        from .analysis import gradients
+
+        gradients(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnalyzeTaylor:
+    """Measure the two leading terms of meta-gradients: why first order works.
+
+    The expected meta-gradient of each learner is expanded in the inner step size, as in section 5
+    of Reptile's paper: a times the gradient of the mean loss, AvgGrad, plus b times AvgGradInner,
+    the direction that makes the gradients of a task's minibatches agree. Prints a and b, measured
+    and predicted, and the order of what is left, which is 2. Expectations are exact: over all
+    orders of k minibatches, in float64.
+
+    TASKS is sinusoid (a tanh network) or omniglot (Reptile's network, softplus for ReLU: where the
+    loss has kinks there is no expansion, as --relu shows). Writes taylor.json and taylor.png.
+
+    For example:
+      adaptax analyze taylor sinusoid
+      adaptax analyze taylor omniglot --learners maml reptile --minibatches 2
+    """
+
+    tasks: Positional[Literal["sinusoid", "omniglot"]] = "sinusoid"
+    """what the minibatches are of"""
+    learners: tuple[str, ...] = ()
+    """of sgd (joint training), maml, fomaml and reptile; all if not given"""
+    minibatches: tuple[int, ...] = ()
+    """k, of a task; 2 3 4 if not given, or 2 3 for omniglot"""
+    rates: tuple[float, ...] = ()
+    """inner step sizes; 8e-4 4e-4 2e-4 1e-4 if not given"""
+    count: OwnInt = None
+    """tasks to sample (8 if not given; 4 of omniglot)"""
+    orderings: OwnInt = None
+    """orders of the minibatches to draw for each task, instead of all"""
+    relu: Flag = False
+    """leave Reptile's network its ReLU"""
+    seed: int = 0
+    """names network, tasks and orders"""
+    data_root: Word = None
+    """folder of the data sets, else ADAPTAX_DATA, else the user's cache"""
+    out: Word = None
+    """folder to write, else runs/analyze-taylor-TASKS"""
+    json: Flag = False
+    """print the expansions as JSON"""
+
+    def __call__(self) -> None:
+        """Run it."""
+        from .analysis import taylor
+
+        taylor(self)

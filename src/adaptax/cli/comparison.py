@@ -16,14 +16,13 @@ from scipy.special import stdtrit
 from .. import io, report
 from ..evaluate import Report
 from ..recipes import COMPARED, PAPER_CURVES, RECIPES, TITLES, Experiment, comparable
-from ..run import Run
 from . import settings
 from .app import Interrupted
 from .commands import Compare
 from .facts import dump, facts
 from .options import ALGORITHMS
 from .progress import scoring
-from .training import PICTURED, Trained, consoles, fit, free_folder, new_config, save_figure
+from .training import PICTURED, Trained, consoles, fit_or_go_on, free_folder, save_figure
 
 STEPS = {"sinusoid": 70_000, "glyphs": 300}
 EPISODES = {"sinusoid": 2_000, "glyphs": 150}
@@ -118,17 +117,9 @@ def _entry(
         one = dataclasses.replace(experiment, seed=seed)
         folder = path / (name if asked.seeds == 1 else f"{name}-seed{seed}")
         every = None if asked.tasks == "sinusoid" else max(one.steps // 4, 1)
-        config, resume = new_config(one, asked.data_root, validate_every=every), False
-        if Run(folder).checkpoint_file.exists():
-            before = Run(folder).config()
-            if before.get("experiment") != config["experiment"]:
-                raise ValueError(
-                    f"{folder} holds a run with other settings; choose another folder with --out"
-                )
-            config, resume = before, True
-        result = fit(config, folder, resume, go_on, console)
-        if result.experiment.tune:
-            Run(folder).write_config({**config, "tuned": result.experiment.to_json()})
+        result = fit_or_go_on(
+            one, folder, go_on, console, data_root=asked.data_root, validate_every=every
+        )
         trained.append(result)
         reports.append(_report(result, console))
     return Entry(name, trained, reports)

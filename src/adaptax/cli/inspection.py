@@ -29,9 +29,13 @@ from .training import adapt_and_predict, consoles, experiment_in
 def evaluate(asked: Evaluate) -> None:
     """`adaptax evaluate`."""
     out, progress = consoles()
-    experiment, meta, step, config = load(asked.run)
+    if asked.untrained and asked.ensemble:
+        raise ValueError("--untrained is of one network; leave out --ensemble")
+    experiment, meta, step, config = load(asked.run, ensemble=asked.ensemble)
+    if asked.untrained:
+        meta, step = experiment.untrained(), 0
     root = asked.data_root if asked.data_root is not None else config.get("data_root")
-    how: dict[str, Any] = {"transductive": asked.transductive}
+    how: dict[str, Any] = {"transductive": asked.transductive, "ensemble": asked.ensemble}
     if asked.episodes is not None:
         how["episodes"] = asked.episodes
     if asked.steps is not None:
@@ -83,8 +87,10 @@ def predict(asked: Predict) -> None:
     consoles()[0].print(table)
 
 
-def load(path: str) -> tuple[Experiment, Meta, int, dict[str, Any]]:
+def load(path: str, ensemble: bool = False) -> tuple[Experiment, Meta, int, dict[str, Any]]:
     """A run's experiment, its best meta-parameters and their step, and its configuration.
+
+    For an ensemble, all the meta-parameters that were kept.
 
     Raises:
         FileNotFoundError: if there is no run.
@@ -93,8 +99,12 @@ def load(path: str) -> tuple[Experiment, Meta, int, dict[str, Any]]:
     run = Run(path)
     config = run.config()
     experiment = experiment_in(config, run.path)
-    meta, step = experiment.restore(run)
-    return experiment, meta, step, config
+    if ensemble and experiment.keep < 2:
+        raise ValueError(
+            f"{path} kept one checkpoint, which makes no ensemble; train with --keep 3, say"
+        )
+    best, step, kept = experiment.restore(run)
+    return experiment, kept if ensemble else best, step, config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeAlias
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-ALGORITHMS = ("maml", "fomaml", "anil", "meta-sgd", "reptile", "pretrained")
+ALGORITHMS = ("maml", "fomaml", "anil", "meta-sgd", "maml++", "reptile", "pretrained")
 FAMILIES = ("sinusoid", "omniglot", "mini_imagenet", "glyphs", "folder")
 
 

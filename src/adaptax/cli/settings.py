@@ -35,10 +35,16 @@ def experiment_of(asked: Train) -> Experiment:
     learner: dict[str, Any] = {"inner_steps": asked.inner_steps, "eval_steps": asked.eval_steps}
     learner["inner_adam" if "inner_adam" in experiment.learner else "inner_lr"] = asked.inner_lr
     outer: dict[str, Any] = {}
-    if asked.algorithm == "reptile":
+    if asked.algorithm in ("reptile", "maml++"):
+        # They have an outer optimizer of their own.
         learner["outer_lr"] = asked.outer_lr
         if asked.first_order:
-            raise ValueError("Reptile takes no second derivatives anyway; leave out --first-order")
+            raise ValueError(
+                "Reptile takes no second derivatives anyway; leave out --first-order"
+                if asked.algorithm == "reptile"
+                else "MAML++ is of first order for a part of meta-training; instead of "
+                "--first-order, use --set learner.derivative_order_annealing=1"
+            )
     else:
         outer["adam"] = asked.outer_lr
         if asked.first_order and asked.algorithm != "fomaml":
@@ -51,6 +57,7 @@ def experiment_of(asked: Train) -> Experiment:
         "evaluation": {"episodes": asked.episodes},
         "steps": asked.steps,
         "meta_batch": asked.meta_batch,
+        "keep": asked.keep,
         "seed": asked.seed,
     }
     if asked.eval_steps is not None and "at" in experiment.evaluation:

@@ -44,6 +44,7 @@ class Trained:
     Args:
         experiment: with the tuned step size, if it had one to tune.
         meta: the best meta-parameters.
+        kept: the best few, stacked.
         step: the step they are from.
         stopped: why training ended.
         history: its records.
@@ -52,6 +53,7 @@ class Trained:
 
     experiment: Experiment
     meta: Meta
+    kept: Meta
     step: int
     stopped: str
     history: list[dict[str, Any]]
@@ -155,7 +157,38 @@ def fit(config: dict[str, Any], path: Path, resume: bool, go_on: str, console: C
     with _afterwards(stop):
         tuned = experiment_in(config, path) if "tuned" in config else (
             experiment.tuned(result.meta, test))  # fmt: skip
-    return Trained(tuned, result.meta, result.best_step, result.stopped, result.history, test)
+    return Trained(
+        tuned, result.meta, result.kept, result.best_step, result.stopped, result.history, test
+    )
+
+
+def fit_or_go_on(
+    experiment: Experiment, path: Path, go_on: str, console: Console, **config: Any
+) -> Trained:
+    """Train in a folder, or go on with the training that was begun there.
+
+    Args:
+        experiment: what to train.
+        path: the run folder.
+        go_on: the command that goes on.
+        console: for progress.
+        config: arguments of `new_config`.
+
+    Raises:
+        ValueError: if the folder holds a run of another experiment.
+    """
+    content, resume = new_config(experiment, **config), False
+    if Run(path).checkpoint_file.exists():
+        before = Run(path).config()
+        if before.get("experiment") != content["experiment"]:
+            raise ValueError(
+                f"{path} holds a run with other settings; choose another folder with --out"
+            )
+        content, resume = before, True
+    trained = fit(content, path, resume, go_on, console)
+    if trained.experiment.tune:
+        Run(path).write_config({**content, "tuned": trained.experiment.to_json()})
+    return trained
 
 
 def pictures(trained: Trained, path: Path) -> list[str]:
@@ -262,8 +295,9 @@ def _train_and_test(config: dict[str, Any], path: Path, *, resume: bool, as_json
         "experiment": experiment.to_json(),
         "plots": plots,
     }
-    if "non_transductive" in reports:
-        result["non_transductive"] = reports["non_transductive"].to_json()
+    for name, scores in reports.items():
+        if name != "test":
+            result[name] = scores.to_json()
     io.write_atomic(path / "test.json", (dump(result) + "\n").encode())
     if as_json:
         print(dump(result))
@@ -283,16 +317,20 @@ def _train_and_test(config: dict[str, Any], path: Path, *, resume: bool, as_json
 
 
 def _test(trained: Trained, console: Console) -> dict[str, Report]:
-    """Scores under the protocol; Reptile's paper reports both ways to predict."""
+    """Scores under the protocol: both ways to predict for Reptile, whose paper reports both, and
+    beside the single model the ensemble of the best, if they are kept."""
     experiment = trained.experiment
     ways: dict[str, dict[str, Any]] = {"test": {}}
     if experiment.algorithm == "reptile" and experiment.tasks != "sinusoid":
         ways["non_transductive"] = {"transductive": False}
+    if experiment.keep > 1:
+        ways["ensemble"] = {"ensemble": True}
     reports = {}
     for name, how in ways.items():
         episodes = experiment.evaluation.get("episodes", 600)
+        meta = trained.kept if name == "ensemble" else trained.meta
         with scoring(name.replace("_", "-"), episodes, console) as watch:
-            reports[name] = experiment.test(trained.meta, trained.test, watch=watch, **how)
+            reports[name] = experiment.test(meta, trained.test, watch=watch, **how)
     return reports
 
 

@@ -15,7 +15,7 @@ Down = Literal["stride", "relu-pool", "pool-relu"]
 
 
 class Conv4(eqx.Module):
-    """Four blocks of 3×3 convolution, batch normalisation and ReLU, each halving the image.
+    """Four blocks of 3×3 convolution, batch normalisation and (leaky) ReLU, each halving the image.
 
     The defaults are MAML's Omniglot net: 28→14→7→4→2 by strides, the spatial mean, and a linear
     head. `CONV4` holds the arguments of every network in the papers:
@@ -34,6 +34,7 @@ class Conv4(eqx.Module):
         head_init: of the head's weight. MAML draws N(0, 1) on Omniglot.
         scale: batch normalisation with a learned scale (Reptile) beside its shift.
         adapted: whether MAML's inner loop adapts the parameters of batch normalisation.
+        slope: of the ReLU below zero. MAML++ has 0.01.
     """
 
     blocks: tuple[tuple[Conv2d, BatchNorm], ...]
@@ -42,6 +43,7 @@ class Conv4(eqx.Module):
     padding: Literal["VALID", "SAME"] = eqx.field(static=True)
     flatten: bool = eqx.field(static=True)
     image: tuple[int, int, int] = eqx.field(static=True)
+    slope: float = eqx.field(static=True)
 
     def __init__(
         self,
@@ -56,6 +58,7 @@ class Conv4(eqx.Module):
         head_init: Init = "normal",
         scale: bool = False,
         adapted: bool = False,
+        slope: float = 0.0,
     ):
         *keys, head_key = jax.random.split(key, 5)
         channels = (image[2], filters, filters, filters)
@@ -65,7 +68,7 @@ class Conv4(eqx.Module):
             for c, k in zip(channels, keys)
         )
         self.down, self.padding, self.flatten = down, padding, head == "flatten"
-        self.image = image
+        self.image, self.slope = image, slope
         rounds_up = down == "stride" or padding == "SAME"
         sides = [_halve(side, 4, rounds_up) for side in image[:2]]
         if min(sides) == 0:
@@ -84,7 +87,7 @@ class Conv4(eqx.Module):
             x = norm(conv(x))
             if self.down == "pool-relu":
                 x = max_pool(x, self.padding)
-            x = jax.nn.relu(x)
+            x = jax.nn.leaky_relu(x, self.slope) if self.slope else jax.nn.relu(x)
             if self.down == "relu-pool":
                 x = max_pool(x, self.padding)
         return x.reshape(len(x), -1) if self.flatten else jnp.mean(x, axis=(1, 2))
@@ -100,6 +103,9 @@ def _halve(side: int, times: int, rounds_up: bool) -> int:
     return side
 
 
+_PLUS_PLUS: dict[str, Any] = {
+    "down": "relu-pool", "head": "flatten", "head_init": "glorot", "scale": True, "slope": 0.01,
+}  # fmt: skip
 _MINI: dict[str, Any] = {"image": (84, 84, 3), "filters": 32, "head": "flatten"}
 
 CONV4: dict[str, dict[str, Any]] = {
@@ -112,5 +118,8 @@ CONV4: dict[str, dict[str, Any]] = {
         **_MINI, "down": "pool-relu", "padding": "SAME", "head_init": "glorot",
         "scale": True, "adapted": True,
     },
+    "maml++ omniglot": _PLUS_PLUS,
+    "maml++ mini_imagenet": {**_MINI, **_PLUS_PLUS},
 }  # fmt: skip
-"""Arguments of `Conv4` for the networks of MAML (section 5.2) and Reptile (released code)."""
+"""Arguments of `Conv4` for the networks of MAML (section 5.2), Reptile and MAML++ (released codes;
+of MAML++ on miniImageNet its first one, with 32 filters, where the last has 48)."""

@@ -5,22 +5,25 @@ from __future__ import annotations
 from typing import Literal
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.nn import initializers
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from ..batch_norm import observe
 from ..conv import conv
 
-Init = Literal["glorot", "he", "truncated", "normal"]
+Init = Literal["glorot", "he", "truncated", "normal", "zero"]
 """Weights: Xavier uniform, He normal (for ReLU), N(0, 0.01²) cut at two standard deviations,
-or N(0, 1). Biases start at zero."""
+N(0, 1), or 0. Biases start at zero."""
 
 _INITIALIZERS = {
     "glorot": initializers.glorot_uniform(),
     "he": initializers.he_normal(),
     "truncated": initializers.truncated_normal(0.01),
     "normal": initializers.normal(1.0),
+    "zero": initializers.zeros,
 }
 
 
@@ -71,11 +74,15 @@ class Conv2d(eqx.Module):
 
 
 class BatchNorm(eqx.Module):
-    """Normalise each channel by the mean and variance of *this* batch, always.
+    """Normalise each channel by the mean and variance of *this* batch.
 
     The papers of the family do so for support and query, in training and in test: running
-    averages are never used (MAML, Reptile) or collected in vain (MAML++). The predictions for a
-    batch of queries therefore see each other; `evaluate(transductive=False)` undoes that.
+    averages are never used (MAML, Reptile) or collected in vain (MAML++'s code). The predictions
+    for a batch of queries therefore see each other; `evaluate(transductive=False)` undoes that.
+
+    A layer made by `tracking` also has running statistics, `momentum` times the old and the rest
+    the batch's (the variance is the biased one), which a gradient updates; see
+    `adaptax.batch_norm`. It normalises by them where `use_running_average` is set.
 
     Args:
         size: number of channels (the last axis).
@@ -86,17 +93,35 @@ class BatchNorm(eqx.Module):
 
     shift: Float[Array, " size"]
     scale: Float[Array, " size"] | None
+    mean: Float[Array, " size"] | None
+    var: Float[Array, " size"] | None
     adapted: bool = eqx.field(static=True)
     eps: float = eqx.field(static=True)
+    momentum: float = eqx.field(static=True)
+    use_running_average: bool = eqx.field(static=True)
 
     def __init__(self, size: int, *, scale: bool = False, adapted: bool = False, eps: float = 1e-3):
         self.shift = jnp.zeros(size)
         self.scale = jnp.ones(size) if scale else None
+        self.mean = self.var = None
         self.adapted = adapted
         self.eps = eps
+        self.momentum = 0.9
+        self.use_running_average = False
+
+    def tracking(self) -> BatchNorm:
+        """The layer with running statistics, 0 and 1 to start from."""
+        start = (jnp.zeros_like(self.shift), jnp.ones_like(self.shift))
+        return self._with(start)
+
+    def forgetting(self) -> BatchNorm:
+        """The layer without running statistics."""
+        return self._with((None, None))
 
     def __call__(self, x: Float[Array, "n *hw size"]) -> Float[Array, "n *hw size"]:
         """`γ (x − E x) / √(Var x + ε) + β`, mean and variance over all axes but the last."""
+        if self.use_running_average and self.mean is not None and self.var is not None:
+            return self._normalised(x, self.mean, self.var)
         axes = tuple(range(x.ndim - 1))
         # E[d²] − E[d]² takes one pass, and loses no digits when d is taken about any value of
         # the channel; the result does not depend on which, so its derivative may be cut.
@@ -104,9 +129,22 @@ class BatchNorm(eqx.Module):
         d = x - about
         mean = jnp.mean(d, axes)
         variance = jnp.mean(d * d, axes) - mean * mean
+        y = self._normalised(d, mean, variance)
+        if self.mean is None:
+            return y
+        running, now = (self.mean, self.var), (about + mean, variance)
+        updated = jax.tree.map(lambda r, n: self.momentum * r + (1 - self.momentum) * n,
+                               running, now)  # fmt: skip
+        return observe(y, running, updated)
+
+    def _with(self, statistics: tuple[Array | None, Array | None]) -> BatchNorm:
+        where = lambda layer: (layer.mean, layer.var)  # noqa: E731
+        return eqx.tree_at(where, self, statistics, is_leaf=lambda leaf: leaf is None)
+
+    def _normalised(self, x: Array, mean: Array, variance: Array) -> Array:
         gain = lax.rsqrt(variance + self.eps)
         gain = gain if self.scale is None else gain * self.scale
-        return d * gain + (self.shift - mean * gain)
+        return x * gain + (self.shift - mean * gain)
 
 
 def max_pool(

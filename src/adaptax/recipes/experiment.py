@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,14 +14,16 @@ import jax.numpy as jnp
 import optax
 
 from .. import inner, io, losses, models, tasks, tree
+from ..algorithms.checkpoint_ensemble import CheckpointEnsemble
 from ..algorithms.maml import ANIL, FOMAML, MAML, MetaSGD
+from ..algorithms.maml_plus_plus import MAMLPlusPlus
 from ..algorithms.reptile import Reptile
 from ..evaluate import Evaluator, Report
 from ..learner import Meta, MetaLearner
 from ..losses import Loss
 from ..run import Run
 from ..task import Model, Source, Splits
-from ..train import Result, fit, initial_state
+from ..train import Result, best_of, fit, initial_state
 
 
 def Pretrained(loss: Loss, inner_lr: inner.Rate = 0.01, **how: Any) -> MAML:
@@ -47,6 +50,7 @@ ALGORITHMS: dict[str, Callable[..., MetaLearner]] = {
     "fomaml": FOMAML,
     "anil": ANIL,
     "meta-sgd": MetaSGD,
+    "maml++": MAMLPlusPlus,
     "reptile": Reptile,
     "pretrained": Pretrained,
 }
@@ -55,6 +59,7 @@ TITLES = {
     "fomaml": "FOMAML",
     "anil": "ANIL",
     "meta-sgd": "Meta-SGD",
+    "maml++": "MAML++",
     "reptile": "Reptile",
     "pretrained": "Pretrained",
 }
@@ -88,6 +93,8 @@ class Experiment:
         evaluation: arguments of `evaluate`.
         test_task: arguments of the task family that differ in the test: `{"shot": 5}`.
         tune: step sizes of fine-tuning to choose from, after training, on validation tasks.
+        keep: best checkpoints by validation to keep; with two or more their ensemble is scored
+            beside the single model.
         seed: names the random stream.
     """
 
@@ -102,6 +109,7 @@ class Experiment:
     evaluation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     test_task: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tune: Sequence[float] = dataclasses.field(default_factory=list)
+    keep: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -195,16 +203,24 @@ class Experiment:
             meta_batch=self.meta_batch,
             key=jax.random.key(self.seed),
             optimizer=self.optimizer(),
+            keep=self.keep,
             run=run,
             **how,
         )
 
-    def test(self, meta: Meta, splits: Splits, *, split: str = "test", **how: Any) -> Report:
-        """Score on a split; `how` overrides `evaluation`."""
+    def test(
+        self, meta: Meta, splits: Splits, *, split: str = "test", ensemble: bool = False, **how: Any
+    ) -> Report:
+        """Score on a split; `how` overrides `evaluation`.
+
+        With `ensemble`, `meta` are the checkpoints that were kept.
+        """
         how = {**self.evaluation, **how}
         tasks = {"test": splits.test, "val": splits.val}[split]
+        learner = self.build_learner()
+        learner = CheckpointEnsemble(learner.loss, learner) if ensemble else learner
         # A stream apart from training's, and the same for every experiment.
-        report = Evaluator(self.build_learner(), tasks, **how)(meta, key=jax.random.key(2**31))
+        report = Evaluator(learner, tasks, **how)(meta, key=jax.random.key(2**31))
         protocol = {
             **report.protocol, "algorithm": TITLES[self.algorithm], "trained_on": "train"
         }  # fmt: skip
@@ -222,8 +238,14 @@ class Experiment:
         rate = self.tune[scores.index(max(scores))]
         return dataclasses.replace(self, learner={**self.learner, "inner_lr": rate})
 
-    def restore(self, run: Run) -> tuple[Meta, int]:
-        """The best meta-parameters of a run by validation, else the last, and their step.
+    def untrained(self) -> Meta:
+        """The meta-parameters that `train` starts from."""
+        init_key = jax.random.split(jax.random.key(self.seed), 4)[2]
+        return self.build_learner().init(self.model(), key=init_key)
+
+    def restore(self, run: Run) -> tuple[Meta, int, Meta]:
+        """Of a run, the best meta-parameters by validation, else the last, their step, and all
+        that are kept, stacked, best first.
 
         Raises:
             FileNotFoundError: if the run has no checkpoint.
@@ -232,11 +254,12 @@ class Experiment:
         learner = self.build_learner()
         init_key = jax.random.split(jax.random.key(self.seed), 4)[2]
         optimizer = self.optimizer() or learner.optimizer(self.steps)
-        state, fixed = initial_state(learner, self.model(), optimizer, init_key)
+        state, fixed = initial_state(learner, self.model(), optimizer, init_key, self.keep)
         state = io.load(run.checkpoint_file, state)
-        validated = bool(jnp.isfinite(state.best_score))
-        meta, step = (state.best, state.best_step) if validated else (state.meta, state.step)
-        return eqx.combine(meta, fixed), int(step)
+        best, step, score, kept = best_of(state, fixed)
+        if not math.isfinite(score):
+            best, step = eqx.combine(state.meta, fixed), int(state.step)
+        return best, step, kept
 
 
 def _call(function: Callable[..., Any], arguments: Mapping[str, Any], what: str) -> Any:

@@ -1,10 +1,11 @@
 """Plots and tables of what was learned: Matplotlib figures and Rich tables."""
 
-from .plots import comparison, learning_curve
+from .plots import ablation, comparison, learning_curve
 from .predictions import adaptation, adaptations, episode_sheet
 from .tables import comparison_table, number, report_table, summary
 
 __all__ = [
+    "ablation",
     "adaptation",
     "adaptations",
     "comparison",

@@ -88,6 +88,32 @@ def comparison(
     return figure
 
 
+@styled
+def ablation(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
+    """Scores with their intervals, a line for each row and a mark for each kind of score.
+
+    Args:
+        rows: as for `adaptax.report.comparison_table`.
+        title: of the plot.
+    """
+    figure, axes = canvas(size=(6.4, 0.42 * len(rows) + 1.1))
+    ax, metric = axes[0, 0], rows[0]["metric"]
+    factor, kinds = scale(metric), list(rows[0]["scores"])
+    for i, kind in enumerate(kinds):
+        means, halves = ([factor * row["scores"][kind][which] for row in rows] for which in (0, 1))
+        places = np.arange(len(rows)) + 0.16 * (i - (len(kinds) - 1) / 2)
+        ax.errorbar(
+            means, places, xerr=halves, fmt=MARKERS[i], color=COLOURS[i], capsize=2.5, label=kind
+        )
+    ax.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    ax.invert_yaxis()
+    ax.set_xlabel(f"{METRICS[metric]}, 95 % CI")
+    ax.legend(loc="best")
+    if title:
+        ax.set_title(title, loc="left", wrap=True)
+    return figure
+
+
 def _losses(ax: Axes, history: Sequence[Mapping[str, Any]]) -> None:
     steps = np.array([record["step"] for record in history])
     loss = np.array([record["loss"] for record in history])

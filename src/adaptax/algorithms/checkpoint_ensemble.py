@@ -1,0 +1,97 @@
+"""The ensemble of the best checkpoints, by which MAML++ reports its scores."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from .. import tree
+from ..learner import Ensemble, Meta, MetaLearner
+from ..losses import Loss
+from ..task import Model, Source
+
+
+class CheckpointEnsemble(MetaLearner):
+    """Adapts several checkpoints of one meta-training to a task, and averages their predictions.
+
+    MAML++ (Antoniou, Edwards & Storkey 2019, arXiv:1810.09502) reports the ensemble of its best
+    checkpoints by validation: three in older versions of its code, five in the last. The mean is
+    over logits, as in the code, and not over probabilities. It is for evaluation; its
+    meta-parameters are `adaptax.fit(..., keep=k).kept`:
+
+        ensemble = adaptax.CheckpointEnsemble(learner.loss, learner)
+        adaptax.evaluate(ensemble, result.kept, tasks.test, key=key)
+
+    Args:
+        loss: of the learner.
+        learner: that was trained.
+    """
+
+    loss: Loss = eqx.field(static=True)
+    learner: MetaLearner
+
+    def adapt(self, meta: Meta, support: Source, *, key: PRNGKeyArray) -> Model:
+        """The mean of the checkpoints that have learnt from the support."""
+        return self._each(meta, lambda meta: self._inner.adapt(meta, support, key=key), 0)
+
+    def iterates(
+        self, meta: Meta, support: Source, *, key: PRNGKeyArray, steps: int | None = None
+    ) -> Model:
+        """The means after 0, 1, … steps."""
+        adapt = lambda meta: self._inner.iterates(meta, support, key=key, steps=steps)  # noqa: E731
+        return self._each(meta, adapt, 1)
+
+    def meta_loss(self, *_: Any, **__: Any) -> Any:
+        """There is none.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("an ensemble of checkpoints is evaluated, not trained")
+
+    def describe(self) -> dict[str, Any]:
+        """As the learner describes itself, and how predictions are combined."""
+        return {**self.learner.describe(), "combined": "mean of logits"}
+
+    @property
+    def _inner(self) -> MetaLearner:
+        return dataclasses.replace(self.learner, loss=self.loss)
+
+    def _each(self, meta: Meta, adapt: Any, axis: int) -> MeanOfLogits:
+        count = len(jax.tree.leaves(tree.parameters(meta))[0])
+        rows = [jax.tree.map(lambda a, i=i: a[i] if eqx.is_array(a) else a, meta)
+                for i in range(count)]  # fmt: skip
+        adapted = [adapt(row) for row in rows]
+        arrays = [eqx.filter(model, eqx.is_array) for model in adapted]
+        rest = eqx.filter(adapted[0], eqx.is_array, inverse=True)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *arrays)
+        return MeanOfLogits(Ensemble(eqx.combine(stacked, rest)))
+
+
+class MeanOfLogits(eqx.Module):
+    """The mean of an ensemble's predictions, as one model.
+
+    Args:
+        ensemble: of models that predict logits or values.
+    """
+
+    ensemble: Ensemble
+
+    def __call__(self, x: PyTree) -> Float[Array, "n out"]:
+        """The mean over particles."""
+        return jnp.mean(self.ensemble(x), axis=0)
+
+    @property
+    def models(self) -> Model:
+        """The models, stacked."""
+        return self.ensemble.models
+
+    @property
+    def particles(self) -> int:
+        """Number of models."""
+        return self.ensemble.particles
