@@ -15,14 +15,14 @@ SOURCE = ROOT / "src" / "adaptax"
 # A module imports from its own floor or from those before it.
 FLOORS = [
     {"task", "tree"},
-    {"losses", "conv", "metrics", "io"},
-    {"inner"},
+    {"losses", "conv", "metrics", "io", "svgd"},
+    {"inner", "batch_norm"},
     {"learner"},
     {"algorithms", "tasks", "models", "bridge"},
     {"mapping", "feed", "run"},
     {"evaluate"},
     {"train", "testing"},
-    {"recipes", "report"},
+    {"recipes", "report", "analysis"},
     {"cli"},
 ]
 

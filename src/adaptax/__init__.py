@@ -2,8 +2,26 @@
 
 from typing import Any
 
-from . import conv, inner, io, losses, metrics, models, tasks, testing, tree
+from . import (
+    analysis,
+    batch_norm,
+    conv,
+    inner,
+    io,
+    losses,
+    metrics,
+    models,
+    svgd,
+    tasks,
+    testing,
+    tree,
+)
+from .algorithms.bmaml import BayesianMAML, MAMLEnsemble
+from .algorithms.checkpoint_ensemble import CheckpointEnsemble
+from .algorithms.gaussian import Gaussian, gamma_prior, gaussian_nll
 from .algorithms.maml import ANIL, FOMAML, MAML, MetaSGD
+from .algorithms.maml_plus_plus import MAMLPlusPlus
+from .algorithms.platipus import PLATIPUS, ProbabilisticMAML
 from .algorithms.reptile import Reptile
 from .bridge import from_torch, to_torch
 from .evaluate import Evaluator, Report, evaluate, predict
@@ -29,15 +47,22 @@ __all__ = [
     "ANIL",
     "FOMAML",
     "MAML",
+    "PLATIPUS",
     "Batch",
+    "BayesianMAML",
+    "CheckpointEnsemble",
     "Ensemble",
     "Evaluator",
     "Functional",
+    "Gaussian",
     "HostTaskDistribution",
     "Loss",
+    "MAMLEnsemble",
+    "MAMLPlusPlus",
     "MetaLearner",
     "MetaSGD",
     "Minibatches",
+    "ProbabilisticMAML",
     "Report",
     "Reptile",
     "Result",
@@ -47,10 +72,14 @@ __all__ = [
     "Task",
     "TaskDistribution",
     "TrainingDiverged",
+    "analysis",
+    "batch_norm",
     "conv",
     "evaluate",
     "fit",
     "from_torch",
+    "gamma_prior",
+    "gaussian_nll",
     "inner",
     "io",
     "load",
@@ -60,6 +89,7 @@ __all__ = [
     "models",
     "predict",
     "save",
+    "svgd",
     "tasks",
     "testing",
     "to_torch",

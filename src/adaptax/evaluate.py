@@ -36,12 +36,15 @@ class Report:
         at: the adaptation steps that were scored; `[None]` for a learner without steps.
         values: for each metric, an array `(episodes, len(at))`.
         bins: calibration tables, `(len(at), bins, 3)`, for classification.
+        quantiles: how many targets fell in each quantile of their prediction, `(len(at), bins)`,
+            for regression.
     """
 
     protocol: dict[str, Any]
     at: list[int | None]
     values: dict[str, np.ndarray]
     bins: np.ndarray | None
+    quantiles: np.ndarray | None = None
 
     @property
     def primary(self) -> str:
@@ -81,6 +84,25 @@ class Report:
         if self.bins is None:
             raise ValueError("the calibration error is a metric of classification")
         return metrics.calibration_error(jnp.asarray(self.bins[step]))
+
+    def coverage(self, level: float, step: int = -1) -> float:
+        """Fraction of all targets in the central intervals that should hold `level` of them.
+
+        Args:
+            level: a multiple of 0.05 up to 1.
+            step: position in `at`.
+
+        Raises:
+            ValueError: for another level, or a report of classification.
+        """
+        if self.quantiles is None:
+            raise ValueError("the coverage of intervals is a metric of regression")
+        counts = self.quantiles[step]
+        half = round(level * len(counts) / 2)
+        if not 1 <= half <= len(counts) // 2 or abs(half - level * len(counts) / 2) > 1e-6:
+            raise ValueError(f"level is a multiple of {2 / len(counts):g} up to 1, not {level}")
+        middle = len(counts) // 2
+        return float(counts[middle - half : middle + half].sum() / counts.sum())
 
     def diverged(self, step: int = -1) -> int:
         """Episodes whose adaptation diverged by then; see `DIVERGED`. Means include them."""
@@ -185,7 +207,9 @@ class Evaluator:
         transductive: predict all queries of an episode as one batch, as the papers of MAML do:
             with batch normalisation they then see each other. If false, each query is predicted
             in a batch of the support set and itself alone, as in Reptile's paper.
-        noise: standard deviation of the targets that the likelihood of a regression assumes.
+        noise: standard deviation of the targets that the likelihood and the intervals of a
+            regression assume; or `"learned"`: what the model, or each of an ensemble, says in its
+            attribute `noise`, as `adaptax.Gaussian` does.
         mapping: how to map over episodes; see `adaptax.mapping.Mapping`.
         fast_path: see `adaptax.conv.fast`.
         watch: called with the number of episodes done.
@@ -200,7 +224,7 @@ class Evaluator:
         steps: int | None = None,
         at: Sequence[int] | None = None,
         transductive: bool = True,
-        noise: float = 1.0,
+        noise: float | str = 1.0,
         mapping: Mapping = "auto",
         fast_path: FastPath = "auto",
         watch: Callable[[int], None] | None = None,
@@ -209,8 +233,8 @@ class Evaluator:
             raise ValueError("evaluate was given all splits of the tasks; give it tasks.test")
         if episodes < 1:
             raise ValueError(f"episodes is at least 1, not {episodes}")
-        if noise <= 0:
-            raise ValueError(f"noise is a positive standard deviation, not {noise}")
+        if noise != "learned" and (isinstance(noise, str) or not noise > 0):
+            raise ValueError(f'noise is a positive standard deviation or "learned", not {noise!r}')
         if steps is not None and steps < 0:
             raise ValueError(f"steps is 0 or more, not {steps}")
         self.learner, self.tasks, self.episodes = (
@@ -242,7 +266,9 @@ class Evaluator:
         values = {n: np.concatenate([p[n] for p in parts])[: self.episodes] for n in parts[0]}
         bins = values.pop("bins", None)
         bins = None if bins is None else bins.sum(axis=0)
-        return Report(self._protocol("mse" in values), self._facts["at"], values, bins)
+        quantiles = values.pop("quantiles", None)
+        quantiles = None if quantiles is None else quantiles.sum(axis=0)
+        return Report(self._protocol("mse" in values), self._facts["at"], values, bins, quantiles)
 
     def _protocol(self, regression: bool) -> dict[str, Any]:
         particles = self._facts["particles"]
@@ -286,15 +312,17 @@ class Evaluator:
         if query.size == 0:
             raise ValueError("the tasks have no queries to score; sample them with query=1 or more")
         self._facts["at"] = chosen if length > 1 else [None]
-        self._facts["particles"] = before.particles if isinstance(before, Ensemble) else 1
+        self._facts["particles"] = getattr(before, "particles", 1)
         self._facts["backbone"] = _backbone(before)
 
         def scores(arrays: PyTree) -> dict[str, Array]:
+            model = eqx.combine(arrays, rest)
             predictions = predict(
-                eqx.combine(arrays, rest), query.x, support.x,
+                model, query.x, support.x,
                 transductive=self.transductive, fast_path=self.fast_path,
             )  # fmt: skip
-            return _scores(predictions, query.y, self.noise)
+            noise = _learned_noise(model) if self.noise == "learned" else self.noise
+            return _scores(predictions, query.y, noise)
 
         picked = jax.tree.map(lambda leaf: leaf[jnp.array(chosen)], arrays)
         return jax.lax.map(scores, picked)
@@ -333,8 +361,8 @@ def predict(
 
 def _backbone(model: Model) -> str:
     """The kind of network and its size."""
-    particles = model.particles if isinstance(model, Ensemble) else 1
-    kind = type(model.models if isinstance(model, Ensemble) else model).__name__
+    particles = getattr(model, "particles", 1)
+    kind = type(model.models if hasattr(model, "particles") else model).__name__
     return f"{kind}, {tree.count(model) // particles:,} parameters"
 
 
@@ -347,16 +375,28 @@ def _chosen(length: int, at: Sequence[int] | None) -> list[int]:
     return chosen
 
 
-def _scores(predictions: Array, targets: Array, noise: float) -> dict[str, Array]:
+def _scores(predictions: Array, targets: Array, noise: Any) -> dict[str, Array]:
     if jnp.issubdtype(targets.dtype, jnp.integer):
         if predictions.ndim not in (2, 3) or predictions.shape[-2] != len(targets):
             raise ValueError(
                 f"for {len(targets)} labels the model should predict logits of shape "
                 f"({len(targets)}, way), and predicted {predictions.shape}"
             )
-        return metrics.classification(predictions, targets)
+        return metrics.classification(predictions, targets) | metrics.uncertainty(predictions)
     if predictions.shape[-targets.ndim :] != targets.shape:
         raise ValueError(
             f"the model predicts {predictions.shape} for targets of shape {targets.shape}"
         )
-    return metrics.regression(predictions, targets, noise)
+    scores = metrics.regression(predictions, targets, noise)
+    return scores | metrics.coverage(predictions, targets, noise)
+
+
+def _learned_noise(model: Model) -> Float[Array, "*particles"]:
+    """The standard deviations that a model, or each of an ensemble, learned."""
+    owner = model.models if isinstance(model, Ensemble) else model
+    if not hasattr(owner, "noise"):
+        raise ValueError(
+            f'noise="learned" asks the model for its `noise`, and {type(owner).__name__} has '
+            "none; wrap it in adaptax.Gaussian, or give a number"
+        )
+    return owner.noise

@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.scipy.special import entr, ndtr
+from jaxtyping import Array, Bool, Float, Int
 
 BINS = 15
 """Bins of confidence in the calibration error."""
+
+LEVELS = (50, 95)
+"""Central intervals whose coverage is a metric of regression, in per cent."""
+
+QUANTILES = 40
+"""Bins of the targets' quantiles: ends of central intervals of 5, 10, … 100 per cent."""
 
 
 def classification(
@@ -24,9 +31,7 @@ def classification(
     * `brier`: `Σ_c (p_c − [y = c])²`, between 0 and 2.
     * `bins`: `(BINS, 3)`: queries, summed confidence and summed correctness by confidence.
     """
-    log_p = jax.nn.log_softmax(logits)
-    if log_p.ndim == 3:
-        log_p = jax.nn.logsumexp(log_p, axis=0) - jnp.log(len(log_p))
+    log_p = _mixture(logits)
     p = jnp.exp(log_p)
     right = (jnp.argmax(log_p, axis=-1) == labels).astype(p.dtype)
     confidence = jnp.max(p, axis=-1)
@@ -41,17 +46,47 @@ def classification(
     }
 
 
+def uncertainty(logits: Float[Array, "*particles n way"]) -> dict[str, Float[Array, ""]]:
+    """How unsure a classifier is, in nats, and of an ensemble what of it is disagreement.
+
+        H[p̄] = 1/M Σ_m H[p_m] + 1/M Σ_m KL(p_m ‖ p̄),   p̄ = 1/M Σ_m p_m
+
+    * `entropy`: H[p̄] of the prediction, at most log(way).
+    * `aleatoric`, for ensembles only: the first part, the mean entropy of the particles: what they
+      agree cannot be told from the input.
+    * `epistemic`, for ensembles only: the second, the mutual information between the class and
+      the particle: 0 where all predict the same, at most log M.
+    """
+    log_p = _mixture(logits)
+    out = {"entropy": jnp.mean(_entropy(log_p))}
+    if logits.ndim == 3 and len(logits) > 1:
+        each = jax.nn.log_softmax(logits)
+        p = jnp.exp(each)
+        divergence = jnp.sum(jnp.where(p > 0, p * (each - log_p), 0.0), axis=-1)
+        out |= {"aleatoric": jnp.mean(_entropy(each)), "epistemic": jnp.mean(divergence)}
+    return out
+
+
 def regression(
-    predictions: Float[Array, "*any"], targets: Float[Array, "n ..."], noise: float
+    predictions: Float[Array, "*any"],
+    targets: Float[Array, "n ..."],
+    noise: float | Float[Array, "*particles"],
 ) -> dict[str, Float[Array, ""]]:
     """Mean squared error, and negative log-likelihood under Gaussian noise.
 
     * `mse`: of the mean prediction.
     * `particle_mse`: the mean of the particles' errors, for ensembles only. The two differ, and
       papers compare one with the other.
+    * `epistemic`: the variance of the particles' predictions, for ensembles only: by so much is
+      `particle_mse` above `mse`.
     * `nll`: `−log mean_m N(y; f_m(x), noise²)` in nats a target, noise as given.
+
+    Args:
+        predictions: of one model, of the shape of the targets, or of an ensemble.
+        targets: float.
+        noise: standard deviation: a number, or one for each particle.
     """
-    ensemble = predictions if predictions.ndim == targets.ndim + 1 else predictions[None]
+    ensemble, noise = _members(predictions, targets, noise)
     squares = (ensemble - targets) ** 2
     log_p = -squares / (2 * noise**2) - jnp.log(noise) - 0.5 * jnp.log(2 * jnp.pi)
     mixture = jax.nn.logsumexp(log_p, axis=0) - jnp.log(len(log_p))
@@ -61,10 +96,68 @@ def regression(
     }
     if len(ensemble) > 1:
         out["particle_mse"] = jnp.mean(squares)
+        out["epistemic"] = jnp.mean(jnp.var(ensemble, axis=0))
     return out
+
+
+def coverage(
+    predictions: Float[Array, "*any"],
+    targets: Float[Array, "n ..."],
+    noise: float | Float[Array, "*particles"],
+) -> dict[str, Float[Array, ...]]:
+    """How often targets fall in central intervals of the prediction under Gaussian noise.
+
+    Of an ensemble that is the interval of the mixture itself, not of a Gaussian with its moments:
+    between the quantiles (1 − c)/2 and (1 + c)/2. A target lies within it just when its own
+    quantile `u = 1/M Σ_m Φ((y − f_m(x)) / noise)` does, so no interval is ever solved for.
+
+    * `coverage_50`, `coverage_95`: fraction of targets in the intervals of `LEVELS`; of a
+      calibrated prediction, 0.5 and 0.95. A target that is predicted as NaN is outside.
+    * `quantiles`: `(QUANTILES,)`, how many targets have u in each of as many equal bins; those
+      that are predicted as NaN are in the first.
+
+    Args:
+        predictions: of one model, of the shape of the targets, or of an ensemble.
+        targets: float.
+        noise: standard deviation: a number, or one for each particle.
+    """
+    ensemble, noise = _members(predictions, targets, noise)
+    u = jnp.mean(ndtr((targets - ensemble) / noise), axis=0)
+    # What is not a number is outermost.
+    bin_of = jnp.clip(jnp.nan_to_num(u * QUANTILES).astype(int), 0, QUANTILES - 1)
+    inside = [jnp.abs(u - 0.5) <= level / 200 for level in LEVELS]
+    counts = jnp.sum(bin_of.reshape(-1, 1) == jnp.arange(QUANTILES), axis=0)
+    return {
+        **{f"coverage_{level}": _fraction(found) for level, found in zip(LEVELS, inside)},
+        "quantiles": counts.astype(u.dtype),
+    }
 
 
 def calibration_error(bins: Float[Array, "bins 3"]) -> float:
     """Expected calibration error: `Σ_b (n_b / n) |accuracy_b − confidence_b|`."""
     count, confidence, right = bins[:, 0], bins[:, 1], bins[:, 2]
     return float(jnp.sum(jnp.abs(right - confidence)) / jnp.maximum(jnp.sum(count), 1.0))
+
+
+def _mixture(logits: Float[Array, "*particles n way"]) -> Float[Array, "n way"]:
+    """Log-probabilities of the mixture."""
+    log_p = jax.nn.log_softmax(logits)
+    if log_p.ndim == 3:
+        log_p = jax.nn.logsumexp(log_p, axis=0) - jnp.log(len(log_p))
+    return log_p
+
+
+def _entropy(log_p: Float[Array, "*any way"]) -> Float[Array, "*any"]:
+    return jnp.sum(entr(jnp.exp(log_p)), axis=-1)
+
+
+def _members(
+    predictions: Array, targets: Array, noise: float | Array
+) -> tuple[Float[Array, "m ..."], Array]:
+    """Predictions with an axis of particles, and noise that broadcasts against them."""
+    ensemble = predictions if predictions.ndim == targets.ndim + 1 else predictions[None]
+    return ensemble, jnp.reshape(jnp.asarray(noise), (-1, *(1,) * targets.ndim))
+
+
+def _fraction(true: Bool[Array, "*any"]) -> Float[Array, ""]:
+    return jnp.mean(true.astype(float))
