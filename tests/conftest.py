@@ -1,5 +1,6 @@
 """Fixtures of all tests, and how XLA is to compile for them."""
 
+import gc
 import os
 
 # Before JAX starts its backend: four host devices, so that sharding can be tested anywhere, and
@@ -15,6 +16,14 @@ os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Every file's compiled programs go with it: together they would fill the memory."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

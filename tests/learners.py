@@ -26,6 +26,7 @@ LEARNERS = {
         loss, inner_steps=2, inner_optimizer=ax.inner.adam(0.01), carry_state=True
     ),
     "Reptile minibatches": lambda loss: ax.Reptile(loss, 0.1, 3, inner_batch=2),
+    "Reptile last gradient": lambda loss: ax.Reptile(loss, 0.1, 3, skip=2),
     "MAML++": lambda loss: ax.MAMLPlusPlus(loss, 2),
     "PLATIPUS": lambda loss: ax.PLATIPUS(loss, 0.1, samples=3),
     "BMAML": lambda loss: ax.BayesianMAML(loss, 0.1, 2, particles=3),

@@ -124,7 +124,8 @@ def test_conv2d_and_linear():
 
 def test_initialisers():
     spread = {"glorot": (2 / 300) ** 0.5, "he": (2 / 100) ** 0.5, "truncated": 0.01, "normal": 1.0}
-    assert set(spread) == set(_INITIALIZERS)
+    assert {*spread, "zero"} == set(_INITIALIZERS)
+    assert not np.any(Linear(100, 200, key=KEY, init="zero").weight)
     for init, sigma in spread.items():
         weight = np.asarray(Linear(100, 200, key=KEY, init=init).weight)
         close(weight.std(), sigma, 0.02)
@@ -136,6 +137,8 @@ SIZES = {  # features the head sees, parameters of 5-way networks
     "maml mini_imagenet": (800, 3 * 3 * 32 * (3 + 3 * 32) + 4 * 2 * 32 + 801 * 5),
     "reptile omniglot": (256, 3 * 3 * 64 * (1 + 3 * 64) + 4 * 3 * 64 + 257 * 5),
     "reptile mini_imagenet": (1152, 3 * 3 * 32 * (3 + 3 * 32) + 4 * 3 * 32 + 1153 * 5),
+    "maml++ omniglot": (64, 3 * 3 * 64 * (1 + 3 * 64) + 4 * 3 * 64 + 65 * 5),
+    "maml++ mini_imagenet": (800, 3 * 3 * 32 * (3 + 3 * 32) + 4 * 3 * 32 + 801 * 5),
 }
 
 
@@ -150,6 +153,13 @@ def test_conv4_of_the_papers(name):
     assert tree.count(model) == parameters
     spread = 1.0 if name == "maml omniglot" else (2 / (features + 5)) ** 0.5
     close(model.head.weight.std(), spread, 0.1)
+
+
+def test_a_leaky_relu_lets_a_little_through():
+    how = {"image": (16, 16, 1), "filters": 2, "key": KEY}
+    x = jnp.asarray(numbers(3, 16, 16, 1))
+    plain, leaky, linear = (Conv4(5, slope=slope, **how)(x) for slope in (0.0, 0.01, 1.0))
+    assert 0 < np.abs(leaky - plain).max() < np.abs(linear - plain).max()
 
 
 def test_conv4_pools_before_or_after_relu_alike():

@@ -211,6 +211,10 @@ def test_the_kl_of_many_parameters():
     loss, parts = eqx.filter_jit(learner.meta_loss)(meta, task, key=KEY)
     assert np.isclose(parts["kl"], expected, rtol=1e-10)
     assert np.isclose(loss, parts["query_loss"] + 0.1 * parts["kl"], rtol=1e-12)
+    # By the mean of q it grows as (μ_q − μ_p)/σ², and γ_q moves that mean against the gradient.
+    kl = lambda meta: learner.meta_loss(meta, task, key=KEY)[1]["kl"]
+    found = eqx.filter_jit(eqx.filter_grad(kl))(meta)["inference_lr"]
+    assert np.allclose(flat(leaves(found)), -flat(slope(task.query)) * gap / p, rtol=1e-9)
 
 
 @double

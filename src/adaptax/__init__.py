@@ -16,10 +16,11 @@ from . import (
     testing,
     tree,
 )
-from .algorithms.bmaml import BayesianMAML, MAMLEnsemble
+from .algorithms.bmaml import BayesianMAML
 from .algorithms.checkpoint_ensemble import CheckpointEnsemble
 from .algorithms.gaussian import Gaussian, gamma_prior, gaussian_nll
 from .algorithms.maml import ANIL, FOMAML, MAML, MetaSGD
+from .algorithms.maml_ensemble import MAMLEnsemble
 from .algorithms.maml_plus_plus import MAMLPlusPlus
 from .algorithms.platipus import PLATIPUS, ProbabilisticMAML
 from .algorithms.reptile import Reptile

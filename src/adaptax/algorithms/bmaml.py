@@ -1,11 +1,11 @@
-"""Bayesian MAML (Yoon et al. 2018, arXiv:1806.03836), and ensembles of MAMLs."""
+"""Bayesian MAML (Yoon et al. 2018, arXiv:1806.03836)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY
-from typing import Any, TypeVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -17,45 +17,8 @@ from .. import inner, svgd, tree
 from ..learner import Ensemble, Meta, MetaLearner
 from ..losses import Loss
 from ..task import Batch, Model, Source, Task
-from .maml import MAML
-
-T = TypeVar("T")
-
-
-class Particles(eqx.Module):
-    """M models that differ in some of their parameters and share the others.
-
-    Args:
-        each: the parameters that differ, leading with an axis of M; `None` in place of the others.
-        shared: everything else; `None` in place of those.
-    """
-
-    each: PyTree
-    shared: PyTree
-
-    def __call__(self, x: PyTree) -> PyTree:
-        """Predictions `(particles, n, out)`."""
-        return self.map(lambda model: model(x))
-
-    def map(self, function: Callable[[Model], T]) -> T:
-        """The function of every model, results leading with an axis of M."""
-        return jax.vmap(lambda own: function(eqx.combine(own, self.shared)))(self.each)
-
-    def ensemble(self, axis: int = 0) -> Ensemble:
-        """The same models, each with parameters of its own.
-
-        Args:
-            axis: where the axis of M is in `each`, and shall be in all arrays.
-        """
-        count = jax.tree.leaves(self.each)[0].shape[axis]
-
-        def repeat(leaf: Any) -> Any:
-            if not eqx.is_array(leaf):
-                return leaf
-            shape = (*leaf.shape[:axis], count, *leaf.shape[axis:])
-            return jnp.broadcast_to(jnp.expand_dims(leaf, axis), shape)
-
-        return Ensemble(eqx.combine(self.each, jax.tree.map(repeat, self.shared)))
+from . import particles
+from .particles import Particles, nonempty
 
 
 class BayesianMAML(MetaLearner):
@@ -71,8 +34,9 @@ class BayesianMAML(MetaLearner):
     (BFA) is MAML for the likelihood of the mixture, and with one particle it is MAML.
 
     The loss is a negative log-likelihood. Give one with `reduction="sum"` for that of all examples
-    together, as the paper writes; the mean is that likelihood to the power 1/n, with step sizes as
-    in `MAML` and, for the same number of particles, more spread.
+    together, as the paper writes; the mean is that likelihood to the power 1/n, under which
+    particles spread more. Step sizes are not those of `MAML`: SVGD averages over particles, so that
+    one far from the others moves by α/M times its own gradient. Start from M times MAML's rate.
 
     Particles are an axis of one program: ten of them cost less than ten runs. What the inner loop
     adapts differs between particles, everything else is shared and meta-learned. With
@@ -131,7 +95,7 @@ class BayesianMAML(MetaLearner):
     adapt_only: tree.Predicate | None = eqx.field(static=True, default=None)
 
     def __check_init__(self) -> None:
-        _check_particles(self.particles, self.spread)
+        particles.check(self.particles, self.spread)
         if self.objective not in ("chaser", "bfa"):
             raise ValueError(f'objective is "chaser" or "bfa", not {self.objective!r}')
         if self.objective == "bfa" and not (self.leader_steps is None and self.chase is None):
@@ -158,15 +122,15 @@ class BayesianMAML(MetaLearner):
             ValueError: if the numbers of particles differ, or a parameter to draw has no spread.
         """
         if isinstance(model, Particles):
-            _demand_count(model.ensemble(), self.particles)
+            particles.demand(model.ensemble(), self.particles)
             return model
         if isinstance(model, Ensemble):
-            _demand_count(model, self.particles)
+            particles.demand(model, self.particles)
             first = jax.tree.map(lambda leaf: leaf[0] if eqx.is_array(leaf) else leaf, model.models)
             mask = tree.adaptable(first, self.adapt_only)
             return Particles(eqx.filter(model.models, mask), eqx.filter(first, mask, inverse=True))
         adapted, shared = eqx.partition(model, tree.adaptable(model, self.adapt_only))
-        return Particles(_around(adapted, self.particles, self.spread, key), shared)
+        return Particles(particles.around(adapted, self.particles, self.spread, key), shared)
 
     def adapt(self, meta: Meta, support: Source, *, key: PRNGKeyArray) -> Model:
         """An `Ensemble` of the particles after `eval_steps` steps on the support."""
@@ -277,128 +241,14 @@ class BayesianMAML(MetaLearner):
             **how,
         )
 
-    def _posterior(self, particles: Particles, batch: Batch) -> Float[Array, ""]:
+    def _posterior(self, ensemble: Particles, batch: Batch) -> Float[Array, ""]:
         """`−Σ_m log p(θ^m | batch)`, whose gradient is that of each particle."""
 
         def one(model: Model) -> Float[Array, ""]:
             loss = self.loss(model, batch)
             return loss if self.prior is None else loss + self.prior(model)
 
-        return jnp.sum(particles.map(one))
-
-
-class MAMLEnsemble(MetaLearner):
-    """M independent MAMLs, trained on the same tasks: the baseline EMAML of Bayesian MAML.
-
-        meta-loss  Σ_m L_Q(U_k(θ^m; S))
-
-    whose gradient for each θ^m is that of `MAML` alone. All M are one program. Its code scores
-    EMAML by the mean of its members' errors and BMAML by the error of the mean prediction;
-    `evaluate` gives both for both, as `particle_mse` and `mse`.
-
-    Args:
-        loss: of the inner and of the outer loop.
-        inner_lr: step size of every member's inner loop; see `MAML`.
-        inner_steps: k, in meta-training.
-        particles: M.
-        spread: how far members start from the model; see `BayesianMAML.init`. All arrays are
-            drawn, also those that are not adapted.
-        eval_steps: steps that `adapt` takes; as many as in training if `None`.
-        first_order: FOMAML.
-        remat: recompute inner steps in the backward pass: memory for time.
-        adapt_only: a predicate on leaf paths choosing what is adapted.
-
-    Raises:
-        ValueError: for counts out of range.
-    """
-
-    loss: Loss = eqx.field(static=True)
-    inner_lr: inner.Rate = 0.01
-    inner_steps: int = eqx.field(static=True, default=1)
-    _: KW_ONLY
-    particles: int = eqx.field(static=True, default=10)
-    spread: float = eqx.field(static=True, default=1.0)
-    eval_steps: int | None = eqx.field(static=True, default=None)
-    first_order: bool = eqx.field(static=True, default=False)
-    remat: bool = eqx.field(static=True, default=False)
-    adapt_only: tree.Predicate | None = eqx.field(static=True, default=None)
-
-    def __check_init__(self) -> None:
-        _check_particles(self.particles, self.spread)
-
-    def init(self, model: Model, *, key: PRNGKeyArray) -> Meta:
-        """An `Ensemble` around a model, its first member, or the one that is given."""
-        if isinstance(model, Ensemble):
-            _demand_count(model, self.particles)
-            return model
-        arrays, rest = eqx.partition(model, eqx.is_inexact_array)
-        each = _around(arrays, self.particles, self.spread, key)
-        return Particles(each, rest).ensemble()
-
-    def adapt(self, meta: Meta, support: Source, *, key: PRNGKeyArray) -> Model:
-        """An `Ensemble` of every member after `eval_steps` steps on the support."""
-        return Ensemble(
-            eqx.filter_vmap(lambda model: self._maml.adapt(model, support, key=key))(meta.models)
-        )
-
-    def iterates(
-        self, meta: Meta, support: Source, *, key: PRNGKeyArray, steps: int | None = None
-    ) -> Model:
-        """The ensembles after 0, 1, … `steps` (by default `eval_steps`) steps."""
-        path = lambda model: self._maml.iterates(model, support, key=key, steps=steps)  # noqa: E731
-        return Ensemble(eqx.filter_vmap(path, out_axes=eqx.if_array(1))(meta.models))
-
-    def meta_loss(
-        self, meta: Meta, task: Task, *, key: PRNGKeyArray, progress: float | Array = 1.0
-    ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """`Σ_m L_Q(U_k(θ^m; S))`, and the mean, which `query_loss` logs."""
-        losses = eqx.filter_vmap(
-            lambda model: self._maml.meta_loss(model, task, key=key, progress=progress)[0]
-        )(meta.models)
-        return jnp.sum(losses), {"query_loss": jnp.mean(losses)}
-
-    def reference(
-        self, meta: Meta, task: Task, *, at: Meta, key: PRNGKeyArray, progress: float | Array = 1.0
-    ) -> Float[Array, ""]:
-        """The sum of the members' references."""
-        return jnp.sum(
-            eqx.filter_vmap(
-                lambda model, there: self._maml.reference(
-                    model, task, at=there, key=key, progress=progress
-                )
-            )(meta.models, at.models)
-        )
-
-    def describe(self) -> dict[str, Any]:
-        """Name, steps and rate."""
-        return {**self._maml.describe(), "algorithm": "EMAML", "first_order": self.first_order}
-
-    @property
-    def _maml(self) -> MAML:
-        return MAML(
-            self.loss,
-            self.inner_lr,
-            self.inner_steps,
-            eval_steps=self.eval_steps,
-            first_order=self.first_order,
-            remat=self.remat,
-            adapt_only=self.adapt_only,
-        )
-
-
-def nonempty(source: Source, name: str) -> Source:
-    """The source, unless it is a batch without examples.
-
-    Args:
-        source: where batches come from.
-        name: what the task calls it.
-
-    Raises:
-        ValueError: if it is such a batch: there is no mean over it.
-    """
-    if isinstance(source, Batch) and source.size == 0:
-        raise ValueError(f"the task's {name} has no examples; sample tasks with at least one")
-    return source
+        return jnp.sum(ensemble.map(one))
 
 
 def _alongside(
@@ -417,44 +267,3 @@ def _alongside(
         return updates, (own, other, optax.apply_updates(moved, more))
 
     return optax.GradientTransformation(init, update)
-
-
-def _around(arrays: PyTree, count: int, spread: float, key: PRNGKeyArray) -> PyTree:
-    """The arrays, and others with their mean and standard deviation, stacked."""
-
-    def draw(leaf: Array, noise: Array) -> Array:
-        mean, std = jnp.mean(leaf), jnp.std(leaf)
-        others = mean + math.sqrt(1 - spread**2) * (leaf - mean) + spread * std * noise
-        return jnp.concatenate([leaf[None], others])
-
-    @eqx.filter_jit
-    def draw_all(arrays: PyTree, key: PRNGKeyArray) -> PyTree:
-        tiled = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count - 1, *leaf.shape)), arrays)
-        return jax.tree.map(draw, arrays, tree.noise_like(key, tiled))
-
-    drawn = draw_all(arrays, key)
-    leaves = jax.tree.leaves(drawn)
-    known = count > 1 and not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
-    if known and all(jnp.array_equal(leaf[0], leaf[1]) for leaf in leaves):
-        raise ValueError(
-            "every parameter that particles would differ in is constant over its entries, so that "
-            "nothing tells how far apart to start; start from an Ensemble of models instead"
-        )
-    return drawn
-
-
-def _check_particles(count: int, spread: float) -> None:
-    if count < 1:
-        raise ValueError(f"particles is 1 or more, not {count}")
-    if not 0 < spread <= 1:
-        raise ValueError(
-            f"spread is above 0 and at most 1, not {spread}: particles that start equal stay equal"
-        )
-
-
-def _demand_count(ensemble: Ensemble, count: int) -> None:
-    if ensemble.particles != count:
-        raise ValueError(
-            f"the learner has particles={count}, and was given an ensemble of "
-            f"{ensemble.particles}; make the two equal"
-        )

@@ -17,7 +17,7 @@ from .. import inner, tree
 from ..learner import Ensemble, Meta, MetaLearner
 from ..losses import Loss
 from ..task import Model, Source, Task
-from .bmaml import nonempty
+from .particles import nonempty
 
 Weight = float | int | Callable[[Any], Any]
 """A number, or a schedule from the progress of meta-training, in [0, 1], to one."""

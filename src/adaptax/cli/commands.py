@@ -332,8 +332,8 @@ class AnalyzeGradients:
 
     Writes a run folder for each training, gradient_combinations.json and .png, or overlap.json
     and .png. The same command on the same folder goes on where it was interrupted. The short
-    versions, of 2,000 and 1,000 outer iterations, take about 12 minutes each on two cores; the
-    paper's length is --steps 40000, about 20 times as long.
+    versions, of 2,000 and 1,000 outer iterations, take ten to twenty minutes each. The paper's
+    length is --steps 40000: hours.
 
     For example:
       adaptax analyze gradients
