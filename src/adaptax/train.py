@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -18,7 +19,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from . import feed, io, tree
 from .conv import FastPath
@@ -26,7 +27,7 @@ from .evaluate import Evaluator
 from .learner import Meta, MetaLearner
 from .mapping import Mapping, chunk_size, local_mesh, meta_gradient, with_fast_path
 from .run import Run
-from .task import Model, Splits, TaskDistribution
+from .task import Model, Splits, Task, TaskDistribution
 
 
 class TrainingDiverged(FloatingPointError):
@@ -84,6 +85,41 @@ class Result:
     stopped: str
 
 
+@runtime_checkable
+class Outer(Protocol):
+    """An outer step of its own kind, where a gradient and an optax rule will not do.
+
+    Both methods are pure and traceable; `fit` calls `step` inside its compiled program. See
+    `adaptax.rl.TRPO`.
+    """
+
+    def init(self, trained: PyTree) -> PyTree:
+        """The state to start from, for these trained meta-parameters."""
+        ...
+
+    def step(
+        self,
+        learner: MetaLearner,
+        meta: Meta,
+        state: PyTree,
+        tasks: Task,
+        *,
+        key: PRNGKeyArray,
+        progress: float | Array,
+    ) -> tuple[Meta, PyTree, Float[Array, ""], dict[str, Array]]:
+        """New meta-parameters and state, a loss and metrics.
+
+        Args:
+            learner: any that it can do with.
+            meta: the meta-parameters.
+            state: its own.
+            tasks: a meta-batch; arrays lead with the task axis.
+            key: all the randomness there is.
+            progress: in `[0, 1]`, how far meta-training has come.
+        """
+        ...
+
+
 def fit(
     learner: MetaLearner,
     model: Model,
@@ -93,6 +129,7 @@ def fit(
     key: PRNGKeyArray,
     meta_batch: int = 16,
     optimizer: optax.GradientTransformation | None = None,
+    outer: Outer | None = None,
     validate: TaskDistribution | None = None,
     validate_every: int | None = None,
     validation: dict[str, Any] | None = None,
@@ -121,9 +158,12 @@ def fit(
         key: all the randomness there is.
         meta_batch: tasks a meta-step.
         optimizer: of the outer loop; the learner's own, as in its paper, if `None`.
+        outer: an outer step instead of gradient and optimizer, such as `adaptax.rl.TRPO()`; it
+            maps over tasks by itself, on one device.
         validate: distribution to select the best meta-parameters on; never the test split.
         validate_every: meta-steps between validations; a tenth of `steps` if `None`.
-        validation: arguments of `evaluate` for it; 200 episodes unless told otherwise.
+        validation: arguments of `evaluate` for it; 200 episodes unless told otherwise. For
+            roll-outs, of `adaptax.rl.evaluate`.
         patience: stop after so many validations without improvement.
         keep: how many of the best meta-parameters by validation to keep.
         run: folder for checkpoints, metrics and TensorBoard events.
@@ -155,14 +195,16 @@ def fit(
     if resume and run is None:
         raise ValueError("resume=True wants run=, the folder of the run to continue")
     run = Run(run) if isinstance(run, str) else run
+    if outer is not None and (optimizer is not None or (devices or 1) > 1):
+        raise ValueError("outer= is the whole outer step, on one device; give no optimizer with it")
     optimizer = optimizer or learner.optimizer(steps)
     task_key, learner_key, init_key, validation_key = jax.random.split(key, 4)
-    state, fixed = initial_state(learner, model, optimizer, init_key, keep)
+    state, fixed = initial_state(learner, model, outer or optimizer, init_key, keep)
     fast_learner = with_fast_path(learner, fast_path)
     heavy = _is_heavy(fast_learner, eqx.combine(state.meta, fixed), tasks, task_key)
     chunk = chunk or (20 if heavy else 500)
     validate_every = math.ceil((validate_every or max(steps // 10, 1)) / chunk) * chunk
-    mesh = _mesh(devices, meta_batch, heavy)
+    mesh = _mesh(devices, meta_batch, heavy and outer is None)
     plan = {"steps": steps, "meta_batch": meta_batch, "chunk": chunk,
             "key": np.asarray(io.plain(key)).tolist(),
             "validate_every": validate_every, "keep": keep}  # fmt: skip
@@ -176,9 +218,8 @@ def fit(
         tasks = jax.tree.map(lambda leaf: jax.device_put(leaf, everywhere), tasks)
     judge = None
     if validate is not None:
-        how = {"episodes": 200, "fast_path": fast_path, **(validation or {})}
-        judge = Evaluator(learner, validate, **how)
-    program = _program(fast_learner, optimizer, fixed, meta_batch, steps, mapping, mesh)
+        judge = _judge(learner, validate, fast_path, validation or {})
+    program = _program(fast_learner, optimizer, outer, fixed, meta_batch, steps, mapping, mesh)
 
     def outcome(stopped: str) -> Result:
         last, now = eqx.combine(state.meta, fixed), int(state.step)
@@ -201,7 +242,7 @@ def fit(
 
     jobs = (lambda b=b: job(*b) for b in list(bounds()))
     stopped = "done"
-    with _interruptible() as interrupted:
+    with interruptible() as interrupted:
         for start, end, loaded in feed.prefetch(tasks, jobs):
             began = time.perf_counter()
             state_arrays, good, logs = program(
@@ -248,7 +289,7 @@ def fit(
 def initial_state(
     learner: MetaLearner,
     model: Model,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | Outer,
     key: PRNGKeyArray,
     keep: int = 1,
 ) -> tuple[State, PyTree]:
@@ -286,6 +327,7 @@ def best_of(state: State, fixed: PyTree) -> tuple[Meta, int, float, Meta]:
 def _program(
     learner: MetaLearner,
     optimizer: optax.GradientTransformation,
+    outer: Outer | None,
     fixed: PyTree,
     meta_batch: int,
     steps: int,
@@ -298,10 +340,8 @@ def _program(
     program ends with the last good state.
     """
 
-    def meta_step(
-        tasks: TaskDistribution, key: PRNGKeyArray, carry: PyTree, loaded: PyTree
-    ) -> tuple[PyTree, dict[str, Array]]:
-        (step, trained, opt_state), good = carry
+    def descend(tasks: TaskDistribution, key: PRNGKeyArray, state: PyTree, loaded: PyTree) -> Any:
+        step, trained, opt_state = state
         (loss, metrics), grads = meta_gradient(
             learner,
             eqx.combine(trained, fixed),
@@ -313,13 +353,33 @@ def _program(
             mapping=mapping,
             mesh=mesh,
         )
-        updates, new_opt_state = optimizer.update(grads, opt_state, trained)
-        new = (step + 1, optax.apply_updates(trained, updates), new_opt_state)
-        good = good & jnp.isfinite(loss) & tree.finite(grads)
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old), new, (step, trained, opt_state)
+        updates, opt_state = optimizer.update(grads, opt_state, trained)
+        logs = {"loss": loss, "gradient_norm": tree.norm(grads), **metrics}
+        return (optax.apply_updates(trained, updates), opt_state), tree.finite(grads), logs
+
+    def given_step(
+        outer: Outer, tasks: TaskDistribution, key: PRNGKeyArray, state: PyTree, loaded: PyTree
+    ) -> Any:
+        step, trained, opt_state = state
+        meta, opt_state, loss, metrics = outer.step(
+            learner,
+            eqx.combine(trained, fixed),
+            opt_state,
+            eqx.filter_vmap(lambda loaded: feed.task(tasks, loaded))(loaded),
+            key=jax.random.fold_in(key, step),
+            progress=step / steps,
         )
-        return (kept, good), {"loss": loss, "gradient_norm": tree.norm(grads), **metrics}
+        return (tree.parameters(meta), opt_state), tree.finite(meta), {"loss": loss, **metrics}
+
+    def meta_step(
+        tasks: TaskDistribution, key: PRNGKeyArray, carry: PyTree, loaded: PyTree
+    ) -> tuple[PyTree, dict[str, Array]]:
+        state, good = carry
+        how = descend if outer is None else functools.partial(given_step, outer)
+        new, finite, logs = how(tasks, key, state, loaded)
+        good = good & jnp.isfinite(logs["loss"]) & finite
+        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), (state[0] + 1, *new), state)
+        return (kept, good), logs
 
     @eqx.filter_jit(donate="all-except-first")
     def program(
@@ -334,6 +394,15 @@ def _program(
         return state, good, logs
 
     return program
+
+
+def _judge(
+    learner: MetaLearner, tasks: TaskDistribution, fast_path: FastPath, how: dict[str, Any]
+) -> Any:
+    """What validates: an `Evaluator`, or what takes its place for tasks that bring their own."""
+    if hasattr(tasks, "evaluator"):
+        return tasks.evaluator(learner, **how)
+    return Evaluator(learner, tasks, **{"episodes": 200, "fast_path": fast_path, **how})
 
 
 def _select(state: State, score: float) -> State:
@@ -385,7 +454,7 @@ def _mesh(devices: int | None, meta_batch: int, heavy: bool) -> Mesh | None:
 
 
 @contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
+def interruptible() -> Iterator[Callable[[], bool]]:
     """Turns the first Ctrl-C into a flag; the second one interrupts as ever."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False

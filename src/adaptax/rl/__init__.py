@@ -1,0 +1,78 @@
+"""Meta reinforcement learning: environments, roll-outs as sources of batches, TRPO and PPO.
+
+    tasks = rl.Tasks(rl.Navigation(), trajectories=20, horizon=100)
+    policy = rl.GaussianMLP(2, 2, key=key)
+    learner = adaptax.MAML(rl.log_prob, inner_lr=0.1)
+    result = adaptax.fit(learner, policy, tasks, steps=500, meta_batch=20, outer=rl.TRPO(), key=key)
+    print(rl.evaluate(learner, result.meta, tasks, lr=(0.1, 0.05), key=key))
+
+The learners are those of supervised learning, unchanged: a task's support and query answer with
+roll-outs of the policy they are handed, where elsewhere they answer with data.
+"""
+
+from .advantages import discounted, gae, masked_mean, standardise
+from .bandit import Bandit, GaussianBandit
+from .baseline import features, fitted_values
+from .environment import Environment
+from .evaluate import Evaluator, Returns, evaluate
+from .families import bandit, navigation, splits, tabular_mdp
+from .frozen import Collected, Frozen, adapt, collect
+from .hosted import Gymnasium
+from .locomotion import Locomotion
+from .navigation import Navigation
+from .objectives import OBJECTIVES, dice, importance, log_prob, lvc
+from .policies import Categorical, CategoricalMLP, Gaussian, GaussianMLP, Laws, Policies
+from .ppo import PPO
+from .rollout import RollOut, Steps, Tasks
+from .svpg import CODE_KERNEL, BayesianMAML, ParticleTRPO
+from .tabular import TabularMDP
+from .trpo import TRPO, conjugate_gradient, line_search, natural_step
+
+__all__ = [
+    "CODE_KERNEL",
+    "OBJECTIVES",
+    "PPO",
+    "TRPO",
+    "Bandit",
+    "BayesianMAML",
+    "Categorical",
+    "CategoricalMLP",
+    "Collected",
+    "Environment",
+    "Evaluator",
+    "Frozen",
+    "Gaussian",
+    "GaussianBandit",
+    "GaussianMLP",
+    "Gymnasium",
+    "Laws",
+    "Locomotion",
+    "Navigation",
+    "ParticleTRPO",
+    "Policies",
+    "Returns",
+    "RollOut",
+    "Steps",
+    "TabularMDP",
+    "Tasks",
+    "adapt",
+    "bandit",
+    "collect",
+    "conjugate_gradient",
+    "dice",
+    "discounted",
+    "evaluate",
+    "features",
+    "fitted_values",
+    "gae",
+    "importance",
+    "line_search",
+    "log_prob",
+    "lvc",
+    "masked_mean",
+    "natural_step",
+    "navigation",
+    "splits",
+    "standardise",
+    "tabular_mdp",
+]

@@ -1,0 +1,205 @@
+"""Returns after 0, 1, 2, … gradient steps, over many tasks, with confidence intervals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+
+from .. import io, tree
+from ..learner import Meta, MetaLearner
+from ..task import episode_key
+from .rollout import Tasks
+
+
+@dataclasses.dataclass(frozen=True)
+class Returns:
+    """Undiscounted returns of one learner on many tasks, with the protocol they belong to.
+
+    Args:
+        protocol: what the numbers depend on.
+        values: `(goals, steps + 1)`: each task's mean return over its trajectories, after 0, 1, …
+            gradient steps. NaN where adaptation made the policy infinite or NaN.
+    """
+
+    protocol: dict[str, Any]
+    values: np.ndarray
+
+    @property
+    def primary(self) -> str:
+        """`"return"`."""
+        return "return"
+
+    @property
+    def score(self) -> float:
+        """The mean return after the last step."""
+        mean = self.mean()
+        return mean if math.isfinite(mean) else -math.inf
+
+    def mean(self, metric: str = "return", step: int = -1) -> float:
+        """Mean over tasks after a number of gradient steps.
+
+        Args:
+            metric: `"return"`.
+            step: gradient steps; −1 for the last.
+        """
+        return float(np.mean(self.values[:, step]))
+
+    def ci95(self, metric: str = "return", step: int = -1) -> float:
+        """Half the 95 % confidence interval of that mean: 1.96 standard errors over tasks.
+
+        Args:
+            metric: `"return"`.
+            step: gradient steps; −1 for the last.
+        """
+        column = self.values[:, step]
+        spread = np.std(column, ddof=1) if len(column) > 1 else math.nan
+        return float(1.96 * spread / math.sqrt(len(column)))
+
+    def diverged(self, step: int = -1) -> int:
+        """Tasks in which adaptation made the policy infinite or NaN by then."""
+        return int(np.sum(~np.isfinite(self.values[:, step])))
+
+    def to_json(self) -> dict[str, Any]:
+        """The protocol and, for every number of steps, mean and interval, as JSON values."""
+        curve = [
+            {"step": step, "return": self.mean(step=step), "return_ci95": self.ci95(step=step),
+             "diverged": self.diverged(step)}
+            for step in range(self.values.shape[1])
+        ]  # fmt: skip
+        return io.strict({"protocol": self.protocol, "result": curve[-1], "curve": curve})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_json` to a file."""
+        text = json.dumps(self.to_json(), indent=2, allow_nan=False)
+        io.write_atomic(path, f"{text}\n".encode())
+
+    def __str__(self) -> str:
+        """A line for each number of steps, and the protocol."""
+        lines = ["gradient steps   return (mean, 95 % CI over tasks)"]
+        for step in range(self.values.shape[1]):
+            lost = self.diverged(step)
+            note = f"   {lost} of {len(self.values)} tasks diverged" if lost else ""
+            lines.append(
+                f"{step:>14}   {self.mean(step=step):.2f} ± {self.ci95(step=step):.2f}{note}"
+            )
+        lines.append(", ".join(f"{name} {value}" for name, value in self.protocol.items()))
+        return "\n".join(lines)
+
+
+def evaluate(
+    learner: MetaLearner, meta: Meta, tasks: Tasks, *, key: PRNGKeyArray, **how: Any
+) -> Returns:
+    """Adapt to each of 40 tasks by gradient steps on roll-outs and report the returns.
+
+    Args:
+        learner: any `MetaLearner`; it adapts by `learner.iterates`, as in meta-training.
+        meta: its meta-parameters, `result.meta`.
+        tasks: usually with `split="test"`.
+        key: names the tasks.
+        how: the arguments of `Evaluator`: `goals`, `steps`, `trajectories`, `lr`, `batch`.
+
+    Raises:
+        ValueError: if there is nothing to evaluate, the learner has no rate to replace, or the
+            environment pays what is not a number.
+    """
+    return Evaluator(learner, tasks, **how)(meta, key=key)
+
+
+class Evaluator:
+    """`evaluate` for one learner and one split, compiled once and called as often as need be.
+
+    Args:
+        learner: any `MetaLearner`.
+        tasks: the split.
+        goals: how many tasks; 40 in MAML's paper.
+        steps: gradient steps.
+        trajectories: for each gradient step, and for each return; 40 in MAML's 2-D navigation.
+        lr: step sizes of the first steps, of which the last is that of all further ones; the
+            learner's own if `None`. MAML's paper takes `(0.1, 0.05)`.
+        batch: tasks at once.
+    """
+
+    def __init__(
+        self,
+        learner: MetaLearner,
+        tasks: Tasks,
+        *,
+        goals: int = 40,
+        steps: int = 3,
+        trajectories: int = 40,
+        lr: Sequence[float] | None = None,
+        batch: int = 10,
+    ):
+        if goals < 1 or steps < 0 or trajectories < 1 or batch < 1:
+            raise ValueError(
+                "goals, trajectories and batch are at least 1 and steps at least 0, not "
+                f"{goals}, {trajectories}, {batch} and {steps}"
+            )
+        self.learner = learner if lr is None else _with_rates(learner, lr)
+        self.tasks = dataclasses.replace(tasks, trajectories=trajectories)
+        self.goals, self.steps, self.lr, self.batch = goals, steps, lr, batch
+        self._program: Callable[..., Any] = eqx.filter_jit(self._all)
+
+    def __call__(self, meta: Meta, *, key: PRNGKeyArray) -> Returns:
+        """Returns on the tasks that `key` names."""
+        values, sound = jax.tree.map(np.asarray, self._program(meta, key))
+        wrong = sound & ~np.isfinite(values)
+        if wrong.any():
+            raise ValueError(
+                f"{type(self.tasks.env).__name__} paid rewards that are not finite in "
+                f"{wrong.any(axis=1).sum()} of {self.goals} tasks, first after "
+                f"{np.argmax(wrong.any(axis=0))} gradient steps; check its step()"
+            )
+        values = np.where(sound, values, np.nan)
+        protocol = {
+            **self.learner.describe(),
+            **self.tasks.describe(),
+            "goals": self.goals,
+            "steps": self.steps,
+            "ci": "1.96 standard errors over tasks",
+        }
+        if self.lr is not None:
+            protocol["inner_lr"] = list(self.lr)
+        return Returns(protocol, values)
+
+    def _all(self, meta: Meta, key: PRNGKeyArray) -> tuple[Array, Array]:
+        each = lambda i: self._task(meta, episode_key(self.tasks.split, key, i))  # noqa: E731
+        size = min(self.batch, self.goals)
+        return jax.lax.map(each, jnp.arange(self.goals, dtype=jnp.uint32), batch_size=size)
+
+    def _task(self, meta: Meta, key: PRNGKeyArray) -> tuple[Array, Array]:
+        """Return, and whether the policy is finite, after every number of steps."""
+        task_key, adapt_key, judge_key = jax.random.split(key, 3)
+        task = self.tasks.sample(task_key)
+        path = self.learner.iterates(meta, task.support, key=adapt_key, steps=self.steps)
+        arrays, rest = eqx.partition(path, eqx.is_array)
+
+        def judge(arrays: Any) -> tuple[Array, Array]:
+            policy = eqx.combine(arrays, rest)
+            return task.query.draw(policy, judge_key).y.total, tree.finite(policy)
+
+        return jax.lax.map(judge, arrays)
+
+
+def _with_rates(learner: MetaLearner, lr: Sequence[float]) -> MetaLearner:
+    """The learner with other rates in its inner loop."""
+    if len(lr) == 0 or not all(rate > 0 for rate in lr):
+        raise ValueError(f"lr is one or more positive step sizes, not {lr!r}")
+    # Meta-SGD's rates are meta-parameters, and an optimizer of one's own has its own.
+    if not hasattr(learner, "inner_lr") or getattr(learner, "inner_optimizer", "none") is not None:
+        raise ValueError(
+            f"{type(learner).__name__} has no step size to replace by lr={lr!r}; leave lr out"
+        )
+    rates = jnp.array(lr)
+    schedule = lambda step: rates[jnp.minimum(step, len(lr) - 1)]  # noqa: E731
+    return dataclasses.replace(learner, inner_lr=schedule)  # type: ignore[call-arg]

@@ -1,0 +1,118 @@
+"""Roll-outs kept, so that adaptation from them is a function of the meta-parameters alone."""
+
+from __future__ import annotations
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from .. import inner, tree
+from ..learner import Meta, MetaLearner
+from ..task import Batch, Model, Source, Task
+
+
+class Frozen(eqx.Module):
+    """A source that answers at each inner step with the batch that was drawn for it.
+
+    Args:
+        batches: a `Batch` whose arrays lead with an axis of inner steps.
+        step: which of them `draw` answers with.
+    """
+
+    batches: Batch
+    step: int | Int[Array, ""] = 0
+
+    def at(self, step: int | Int[Array, ""]) -> Frozen:
+        """The same batches at another step."""
+        return Frozen(self.batches, step)
+
+    def draw(self, model: Model, key: PRNGKeyArray) -> Batch:
+        """The batch of this step, whatever the model."""
+        return jax.tree.map(lambda leaf: leaf[self.step], self.batches)
+
+
+class Collected(eqx.Module):
+    """What one task gave in one meta-iteration: all that the outer step needs.
+
+    Args:
+        support: roll-outs of the policy before each inner step.
+        query: roll-outs of the adapted policy.
+        key: of adaptation.
+    """
+
+    support: Frozen
+    query: Batch
+    key: PRNGKeyArray
+
+
+def collect(learner: MetaLearner, meta: Meta, task: Task, *, key: PRNGKeyArray) -> Collected:
+    """Roll out the policies on the way of adaptation and the adapted one; no derivative.
+
+    Args:
+        learner: any that has `inner_steps`. With `inner_steps=0` nothing adapts, and one batch of
+            support is drawn for the record.
+        meta: its meta-parameters.
+        task: its environment.
+        key: of roll-outs and adaptation.
+    """
+    steps = inner_steps(learner)
+    meta = inner.stop(meta)
+    adapt_key, query_key, *keys = jax.random.split(key, 2 + max(steps, 1))
+    source = task.support
+    # One that answers with what was rolled out before answers step by step.
+    at = source.at if hasattr(source, "at") else lambda step: source
+    batches = [at(0).draw(_after(learner, meta, source, adapt_key, 0), keys[0])]
+    for i in range(1, steps):
+        policy = _after(learner, meta, _frozen(batches), adapt_key, i)
+        batches.append(at(i).draw(policy, keys[i]))
+    support = _frozen(batches)
+    adapted = _after(learner, meta, support, adapt_key, steps)
+    return Collected(support, task.query.draw(adapted, query_key), adapt_key)
+
+
+def collect_all(learner: MetaLearner, meta: Meta, tasks: Task, key: PRNGKeyArray) -> Collected:
+    """`collect` of every task of a meta-batch, all at once."""
+    count = len(jax.tree.leaves(eqx.filter(tasks, eqx.is_array))[0])
+    each = lambda task, key: collect(learner, meta, task, key=key)  # noqa: E731
+    return eqx.filter_vmap(each)(tasks, jax.random.split(key, count))
+
+
+def adapt(learner: MetaLearner, meta: Meta, collected: Collected) -> Model:
+    """The adapted policy `θ'(θ)`, the roll-outs it learns from held fixed; differentiable."""
+    steps = inner_steps(learner)
+    return _after(learner, meta, collected.support, collected.key, steps)
+
+
+def inner_steps(learner: MetaLearner) -> int:
+    """How many steps the learner takes in meta-training.
+
+    Raises:
+        ValueError: for a learner that has no such number.
+    """
+    steps = getattr(learner, "inner_steps", None)
+    if not isinstance(steps, int):
+        raise ValueError(
+            f"{type(learner).__name__} has no inner_steps, which an outer step on roll-outs needs "
+            "to know; use a learner that has, or meta-train with an optax optimizer"
+        )
+    return steps
+
+
+def _after(
+    learner: MetaLearner, meta: Meta, source: Source, key: PRNGKeyArray, steps: int
+) -> Model:
+    """The last of the learner's iterates."""
+    path = learner.iterates(meta, source, key=key, steps=steps)
+    return jax.tree.map(lambda leaf: leaf[-1] if eqx.is_array(leaf) else leaf, path)
+
+
+def _frozen(batches: list[Batch]) -> Frozen:
+    return Frozen(tree.stack(batches))
+
+
+def returns(collected: Collected) -> dict[str, Array]:
+    """Mean undiscounted returns before adaptation and after, of tasks with a leading axis."""
+    before = jax.tree.map(lambda leaf: leaf[:, 0], collected.support.batches.y)
+    mean = lambda steps: jnp.mean(jnp.sum(steps.rewards, axis=-1))  # noqa: E731
+    return {"return_before": mean(before), "return_after": mean(collected.query.y)}

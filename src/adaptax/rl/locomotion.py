@@ -1,0 +1,168 @@
+"""Locomotion with brax: half-cheetah and ant, at a velocity or in a direction, as in MAML."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any, Literal, NamedTuple, get_args
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+Backend = Literal["spring", "positional", "generalized", "mjx"]
+"""How brax solves the dynamics; see docs/rl-environments.md."""
+
+
+class Body(eqx.Module):
+    """Where a robot is, and what it is to do.
+
+    Args:
+        state: brax's.
+        goal: a velocity, or a direction, 1 or −1.
+    """
+
+    state: Any
+    goal: Float[Array, ""]
+
+
+class Robot(NamedTuple):
+    """What a robot is paid, but for its speed.
+
+    Args:
+        name: brax's.
+        max_velocity: goals are uniform from 0 to it.
+        effort: c, of `−c ‖a‖²`.
+        alive: for every time step: where the goal is a velocity, and where it is a direction.
+    """
+
+    name: str
+    max_velocity: float
+    effort: float
+    alive: dict[str, float]
+
+
+ROBOTS = {
+    "half-cheetah": Robot("halfcheetah", 2.0, 0.05, {"velocity": 0.0, "direction": 0.0}),
+    "ant": Robot("ant", 3.0, 0.005, {"velocity": 1.05, "direction": 0.05}),
+}
+"""Rewards of MAML's code, but for the ant's cost of contacts, which brax does not compute."""
+
+
+class Locomotion(eqx.Module):
+    """The robots of MAML (Finn, Abbeel & Levine 2017), section 5.3, in brax.
+
+    | robot | goal | reward | task |
+    |---|---|---|---|
+    | half-cheetah | velocity | `−|v − g| − 0.05 ‖a‖²` | `g ~ U[0, 2]` |
+    | half-cheetah | direction | `g v − 0.05 ‖a‖²` | `g = ±1` |
+    | ant | velocity | `−|v − g| + 1.05 − 0.005 ‖a‖²` | `g ~ U[0, 3]` |
+    | ant | direction | `g v + 0.05 − 0.005 ‖a‖²` | `g = ±1` |
+
+    v is the mean velocity of the torso along x in the time step; a the action, clipped to
+    `[−1, 1]`, the full strength of the motors. The half-cheetah's observation has 17 numbers and
+    its action 6; the ant's 27 and 8. The ant's episode is over when its torso is lower than 0.2
+    or higher than 1. The physics are not those of the paper: see docs/rl-environments.md.
+
+    Args:
+        robot: `"half-cheetah"` or `"ant"`.
+        goal: `"velocity"` or `"direction"`.
+        backend: how brax solves the dynamics.
+
+    Raises:
+        ModuleNotFoundError: without brax.
+        ValueError: for a robot, goal or backend that is not known.
+    """
+
+    robot: Literal["half-cheetah", "ant"] = eqx.field(static=True, default="half-cheetah")
+    goal: Literal["velocity", "direction"] = eqx.field(static=True, default="velocity")
+    backend: Backend = eqx.field(static=True, default="spring")
+
+    def __check_init__(self) -> None:
+        for name, given, known in (
+            ("robot", self.robot, tuple(ROBOTS)),
+            ("goal", self.goal, ("velocity", "direction")),
+            ("backend", self.backend, get_args(Backend)),
+        ):
+            if given not in known:
+                raise ValueError(f"{name} is one of {', '.join(known)}, not {given!r}")
+        self._simulator  # noqa: B018 - to fail here, where brax is missing
+
+    @property
+    def observation_size(self) -> int:
+        """Positions, but for those along the ground, and velocities."""
+        return self._simulator.observation_size
+
+    @property
+    def action_size(self) -> int:
+        """The motors."""
+        return self._simulator.action_size
+
+    @property
+    def discrete(self) -> bool:
+        """Actions are vectors."""
+        return False
+
+    def sample_task(self, key: PRNGKeyArray) -> Float[Array, ""]:
+        """A velocity, or a sign, each as likely."""
+        if self.goal == "velocity":
+            return jax.random.uniform(key, maxval=ROBOTS[self.robot].max_velocity)
+        return jnp.where(jax.random.bernoulli(key), 1.0, -1.0)
+
+    def reset(self, key: PRNGKeyArray, task: Float[Array, ""]) -> Body:
+        """At rest but for noise, as brax has it."""
+        return Body(self._simulator.reset(key), task)
+
+    def step(
+        self, state: Body, action: Float[Array, " action_size"], key: PRNGKeyArray
+    ) -> tuple[Body, Float[Array, ""], Bool[Array, ""]]:
+        """Let the motors act for a time step."""
+        robot, action = ROBOTS[self.robot], jnp.clip(action, -1.0, 1.0)
+        after = self._simulator.step(state.state, action)
+        speed = after.metrics["x_velocity"]
+        gain = -jnp.abs(speed - state.goal) if self.goal == "velocity" else state.goal * speed
+        reward = gain + robot.alive[self.goal] - robot.effort * jnp.sum(action**2)
+        return Body(after, state.goal), reward, after.done > 0
+
+    def observe(self, state: Body) -> Float[Array, " observation_size"]:
+        """What brax observes."""
+        return state.state.obs
+
+    @property
+    def _simulator(self) -> Simulator:
+        return _made(ROBOTS[self.robot].name, self.backend)
+
+
+class Simulator(NamedTuple):
+    """An environment of brax, traced once however many roll-outs a program has.
+
+    Args:
+        reset: from a key.
+        step: from its state and an action.
+        observation_size: of its observations.
+        action_size: of an action.
+    """
+
+    reset: Any
+    step: Any
+    observation_size: int
+    action_size: int
+
+
+@functools.cache
+def _made(name: str, backend: str) -> Simulator:
+    # What brax and the packages it imports deprecate is no news to their user.
+    with warnings.catch_warnings(), jax.ensure_compile_time_eval():
+        warnings.simplefilter("ignore")
+        try:
+            from brax import envs
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"rl.Locomotion needs {error.name}, which is not installed; "
+                "pip install 'adaptax[rl]'"
+            ) from error
+        env = envs.get_environment(name, backend=backend)
+        reset, step = jax.jit(env.reset), jax.jit(env.step)
+        seen = jax.eval_shape(reset, jax.random.key(0)).obs
+        return Simulator(reset, step, seen.shape[-1], env.action_size)

@@ -1,0 +1,109 @@
+"""Proximal policy optimisation of the meta-parameters, through the adaptation."""
+
+from __future__ import annotations
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from .. import tree
+from ..learner import Meta, MetaLearner
+from ..mapping import Mapping, sum_over
+from ..task import Batch, Model, Task
+from .advantages import masked_mean
+from .frozen import adapt, collect_all, returns
+from .objectives import ratio
+
+
+class PPO(eqx.Module):
+    """The simple outer step: PPO (Schulman et al. 2017, arXiv:1707.06347) on the *post-update*
+    policies, as in ProMP (Rothfuss et al. 2019).
+
+    Every task is rolled out before adaptation (D) and after (D'); then several steps of an
+    optimizer are taken, D and D' held fixed, on
+
+        −mean over tasks and steps of min(r Â, clip(r, 1 − ε, 1 + ε) Â),   r = π_θ'(θ) / π_old'
+
+    on D'. As `fit(..., outer=PPO())`.
+
+    Args:
+        optimizer: any optax rule; Adam, 1e-3, if `None`.
+        epochs: steps of it a meta-iteration.
+        clip: ε.
+        mapping: over tasks, of all but the roll-outs, which run together; see
+            `adaptax.mapping.Mapping`.
+    """
+
+    optimizer: optax.GradientTransformation | None = eqx.field(static=True, default=None)
+    epochs: int = eqx.field(static=True, default=5)
+    clip: float = eqx.field(static=True, default=0.2)
+    mapping: Mapping = eqx.field(static=True, default="auto")
+
+    def __check_init__(self) -> None:
+        if self.epochs < 1 or not self.clip > 0:
+            raise ValueError(
+                f"epochs is at least 1 and clip positive, not {self.epochs} and {self.clip}"
+            )
+
+    @property
+    def _rule(self) -> optax.GradientTransformation:
+        return self.optimizer or optax.adam(1e-3)
+
+    def init(self, trained: PyTree) -> PyTree:
+        """The optimizer's state."""
+        return self._rule.init(trained)
+
+    def loss(self, policy: Model, batch: Batch) -> Float[Array, ""]:
+        """The clipped surrogate."""
+        r, advantages = ratio(policy, batch), batch.y.advantages
+        clipped = jnp.clip(r, 1 - self.clip, 1 + self.clip)
+        return -masked_mean(jnp.minimum(r * advantages, clipped * advantages), batch.y.mask)
+
+    def step(
+        self,
+        learner: MetaLearner,
+        meta: Meta,
+        state: PyTree,
+        tasks: Task,
+        *,
+        key: PRNGKeyArray,
+        progress: float | Array,
+    ) -> tuple[Meta, PyTree, Float[Array, ""], dict[str, Array]]:
+        """New meta-parameters, state, the surrogate before the last epoch, and metrics.
+
+        The metrics are the mean returns before and after adaptation.
+
+        Args:
+            learner: any with `inner_steps`.
+            meta: its meta-parameters.
+            state: of `init`.
+            tasks: arrays lead with the task axis.
+            key: of the roll-outs.
+            progress: not used.
+        """
+        trained, fixed = eqx.partition(meta, eqx.is_inexact_array)
+        rolled_out, rest = eqx.partition(collect_all(learner, meta, tasks, key), eqx.is_array)
+        count = len(jax.tree.leaves(rolled_out)[0])
+
+        def each(trained: PyTree, one: PyTree) -> Array:
+            one = eqx.combine(one, rest)
+            return self.loss(adapt(learner, eqx.combine(trained, fixed), one), one.query)
+
+        def total(trained: PyTree) -> tuple[Array, PyTree]:
+            slope = lambda one: jax.value_and_grad(each)(trained, one)  # noqa: E731
+            summed = sum_over(slope, (rolled_out,), self.mapping)
+            return jax.tree.map(lambda leaf: leaf / count, summed)
+
+        def epoch(carry: PyTree, _: None) -> tuple[PyTree, tuple[Array, Array]]:
+            trained, state = carry
+            value, grads = total(trained)
+            updates, state = self._rule.update(grads, state, trained)
+            return (optax.apply_updates(trained, updates), state), (value, tree.norm(grads))
+
+        (trained, state), (values, norms) = jax.lax.scan(
+            epoch, (trained, state), None, length=self.epochs
+        )
+        metrics = returns(eqx.combine(rolled_out, rest)) | {"gradient_norm": norms[0]}
+        return eqx.combine(trained, fixed), state, values[-1], metrics

@@ -1,0 +1,292 @@
+"""Bayesian MAML's reinforcement learning (Yoon et al. 2018, arXiv:1806.03836): Stein variational
+policy gradients (SVPG; Liu et al. 2017, arXiv:1704.02399) in the inner loop."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from .. import inner, svgd, tree
+from ..algorithms import particles
+from ..algorithms.maml import MAML
+from ..learner import Ensemble, Meta, MetaLearner
+from ..losses import Loss
+from ..task import Batch, Model, Source, Task
+from .frozen import collect_all
+from .policies import Policies
+from .trpo import TRPO
+
+CODE_KERNEL: svgd.Kernel = svgd.RBF("mean-distance-plus")
+"""The kernel of BMAML's code for reinforcement learning: `exp(−d²/2h²)`,
+`h² = ½ (mean distance)² / log(M + 1)`, h differentiated with the rest. Its repulsion is that
+kernel's exact derivative, not half of it as in the code for regression."""
+
+
+class BayesianMAML(MetaLearner):
+    """Bayesian MAML in reinforcement learning: M initial policies, adapted together by SVPG.
+
+        θ^m ← θ^m + ε φ(θ^m),   log p(θ) = −L(θ) / α
+
+    φ is the direction of Stein variational gradient descent (`adaptax.svgd`), L the inner
+    objective on roll-outs of this very policy, with a baseline of their own. A high temperature α
+    makes repulsion count for more. With `kernel=None` every policy follows its own gradient
+    (VPG): the baselines are independent policies that share nothing but the tasks.
+
+    The outer loop, for Θ_0 the initial policies, Θ_n the adapted ones and Θ_{n+s} the leaders,
+    that have made s more steps on roll-outs of their own:
+
+    | | |
+    |---|---|
+    | `objective="policy-gradient"` | `1/M Σ_m L(θ_n^m)` on roll-outs of the adapted policies |
+    | with `outer=rl.ParticleTRPO()` | SVPG-TRPO, VPG-TRPO: a trust region for each policy |
+    | with `outer=rl.TRPO()` | one trust region for all: mean surrogate, mean KL |
+    | `objective="chaser"` | `Σ_m ‖θ_n^m − stop(θ_{n+s}^m)‖`: SVPG-chaser |
+    | `objective="reptile"` | `Σ_m ‖θ_0^m − stop(θ_n^m)‖`: VPG-Reptile |
+
+    TRPO brings its own objective; the distances are for an optimizer, Adam, 1e-3, as in the code.
+    A policy is a particle whole: weights and log-std.
+
+    Paper and code. Reinforcement learning is in the code alone, and differs from its regression:
+    distances are not squared; leaders learn from roll-outs of their own, not from all that was
+    seen; the kernel is `CODE_KERNEL`, where our default is `adaptax.svgd.RBF()`, of the median
+    distance. The step averages over particles, so that far apart each moves by `ε/(αM)` times its
+    own gradient. For 2-D navigation it takes 5 particles, 10 trajectories, ε = 0.1 and α of 1 with
+    TRPO and 0.1 with the chaser; with a single particle it leaves α out. It reports returns as
+    plots only, and so does `evaluate` here as the mean over all M policies, each acting alone.
+
+    Args:
+        loss: inner objective, and the outer one of `"policy-gradient"`, such as `log_prob`.
+        inner_lr: step size ε; a number or a schedule over the inner steps.
+        inner_steps: n.
+        particles: M.
+        objective: see above.
+        leader_steps: s.
+        temperature: α; only with a kernel.
+        kernel: of SVPG; independent policies if `None`.
+        spread: how far policies start from the one given; see `adaptax.BayesianMAML.init`.
+
+    Raises:
+        ValueError: for counts out of range or an unknown objective.
+    """
+
+    loss: Loss = eqx.field(static=True)
+    inner_lr: inner.Rate = 0.1
+    inner_steps: int = eqx.field(static=True, default=1)
+    _: KW_ONLY
+    particles: int = eqx.field(static=True, default=5)
+    objective: str = eqx.field(static=True, default="policy-gradient")
+    leader_steps: int = eqx.field(static=True, default=1)
+    temperature: float = 1.0
+    kernel: svgd.Kernel | None = eqx.field(static=True, default=svgd.RBF())
+    spread: float = eqx.field(static=True, default=1.0)
+
+    def __check_init__(self) -> None:
+        particles.check(self.particles, self.spread)
+        if self.objective not in ("policy-gradient", "chaser", "reptile"):
+            raise ValueError(
+                f'objective is "policy-gradient", "chaser" or "reptile", not {self.objective!r}'
+            )
+        if self.leader_steps < 0 or self.inner_steps < 0:
+            raise ValueError(
+                "inner_steps and leader_steps are 0 or more, not "
+                f"{self.inner_steps} and {self.leader_steps}"
+            )
+        if isinstance(self.temperature, (int, float)) and not self.temperature > 0:
+            raise ValueError(f"temperature is positive, not {self.temperature}")
+
+    def init(self, model: Model, *, key: PRNGKeyArray) -> Policies:
+        """`Policies` around a policy, the first of them, or those of an `Ensemble`.
+
+        Args:
+            model: a policy, of whose arrays the others are drawn anew; or an `Ensemble`.
+            key: of the draws.
+        """
+        if isinstance(model, Ensemble):
+            particles.demand(model, self.particles)
+            return Policies(model.models)
+        arrays, rest = eqx.partition(model, eqx.is_inexact_array)
+        each = particles.around(arrays, self.particles, self.spread, key)
+        return Policies(particles.Particles(each, rest).ensemble().models)
+
+    def adapt(self, meta: Policies, support: Source, *, key: PRNGKeyArray) -> Policies:
+        """The policies after `inner_steps` steps."""
+        return self._descend(meta, support, key, self.inner_steps).model
+
+    def iterates(
+        self, meta: Policies, support: Source, *, key: PRNGKeyArray, steps: int | None = None
+    ) -> Policies:
+        """The policies after 0, 1, … `steps` (by default `inner_steps`) steps."""
+        steps = self.inner_steps if steps is None else steps
+        path: Any = self._descend(meta, support, key, steps, keep_path=True).path
+        return path
+
+    def meta_loss(
+        self, meta: Policies, task: Task, *, key: PRNGKeyArray, progress: float | Array = 1.0
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """The objective."""
+        return self.reference(meta, task, at=meta, key=key, progress=progress), {}
+
+    def reference(
+        self,
+        meta: Policies,
+        task: Task,
+        *,
+        at: Policies,
+        key: PRNGKeyArray,
+        progress: float | Array = 1.0,
+    ) -> Float[Array, ""]:
+        """The objective, with the leaders, or for Reptile the goals, computed from `at`."""
+        adapt_key, query_key = jax.random.split(key)
+        adapted = self.adapt(meta, task.support, key=adapt_key)
+        if self.objective == "policy-gradient":
+            return jnp.mean(adapted.losses(self.loss, task.query.draw(adapted, query_key)))
+        goals = adapted if at is meta else self.adapt(at, task.support, key=adapt_key)
+        goals = inner.stop(goals)
+        if self.objective == "reptile":
+            return _distance(meta, goals)
+        leaders = self._descend(goals, task.query, query_key, self.leader_steps).model
+        return _distance(adapted, inner.stop(leaders))
+
+    def describe(self) -> dict[str, Any]:
+        """Name, objective, particles, steps, rate, and what is averaged."""
+        return {
+            "algorithm": "VPG" if self.kernel is None else "BMAML (SVPG)",
+            "objective": self.objective,
+            "particles": self.particles,
+            "inner_steps": self.inner_steps,
+            "inner_lr": self.inner_lr if isinstance(self.inner_lr, float) else "given",
+            **({} if self.kernel is None else {"temperature": float(self.temperature)}),
+            "return": "mean over particles",
+        }
+
+    @property
+    def inner_optimizer(self) -> None:
+        """There is none but `inner_lr`, which `evaluate` may replace."""
+        return None
+
+    def _descend(
+        self, policies: Policies, source: Source, key: PRNGKeyArray, steps: int, **how: Any
+    ) -> inner.Descent:
+        rule = inner.sgd(self.inner_lr)
+        if self.kernel is not None:
+            rule = optax.chain(svgd.stein(self.kernel), rule)
+        return inner.run(
+            self._energy, policies, source, key=key, steps=steps, optimizer=rule, **how
+        )
+
+    def _energy(self, policies: Policies, batch: Batch) -> Float[Array, ""]:
+        """`−Σ_m log p(θ^m)`, whose gradient is that of each policy."""
+        total = jnp.sum(policies.losses(self.loss, batch))
+        return total if self.kernel is None else total / self.temperature
+
+
+class ParticleTRPO(eqx.Module):
+    """TRPO on each policy of `BayesianMAML` by itself, the others held where they are.
+
+    All policies are rolled out together; then every one takes the step of `TRPO` on its own
+    adapted policy: its own surrogate, trust region and line search, as a function of its own
+    initial parameters. As `fit(..., outer=ParticleTRPO())`.
+
+    With SVPG a policy's adaptation depends on where the others are, whose own adaptation is
+    computed once more for each: time grows with M². `outer=TRPO()` takes the gradient of the mean
+    over policies with respect to all of them, in one trust region, in time proportional to M.
+
+    Paper and code. The code steps one policy after another, each seeing those that have already
+    moved. Here all see the same, and their order does not matter.
+
+    Args:
+        trpo: the step of each.
+    """
+
+    trpo: TRPO = TRPO()
+
+    def init(self, trained: Any) -> Any:
+        """Nothing is carried from step to step."""
+        return ()
+
+    def step(
+        self,
+        learner: MetaLearner,
+        meta: Meta,
+        state: Any,
+        tasks: Task,
+        *,
+        key: PRNGKeyArray,
+        progress: float | Array,
+    ) -> tuple[Meta, Any, Float[Array, ""], dict[str, Array]]:
+        """New policies, state, the mean surrogate, and the means of the metrics of `TRPO`.
+
+        Args:
+            learner: a `BayesianMAML` of this module.
+            meta: its policies.
+            state: of `init`.
+            tasks: arrays lead with the task axis.
+            key: of the roll-outs.
+            progress: not used.
+        """
+        if not isinstance(learner, BayesianMAML):
+            raise ValueError(
+                "ParticleTRPO steps the policies of adaptax.rl.BayesianMAML; for those of "
+                f"{type(learner).__name__} take TRPO"
+            )
+        if learner.kernel is not None and self.trpo.curvature < 1:
+            raise ValueError("with a kernel every trajectory counts: leave curvature at 1")
+        found = collect_all(learner, meta, tasks, key)
+        arrays, rest = eqx.partition(meta.models, eqx.is_array)
+
+        def improve(m: Array) -> tuple[Any, Array, dict[str, Array]]:
+            one = eqx.combine(jax.tree.map(lambda leaf: leaf[m], arrays), rest)
+            # A task answers with what was rolled out: (tasks, steps, m, …) and (tasks, m, …).
+            support, query = found.support, jax.tree.map(lambda leaf: leaf[:, m], found.query)
+            member: MetaLearner
+            if learner.kernel is None:
+                support = jax.tree.map(
+                    lambda leaf: leaf[:, :, m] if eqx.is_array(leaf) else leaf, support
+                )
+                member = MAML(learner.loss, learner.inner_lr, learner.inner_steps)
+            else:
+                member = _Member(learner.loss, learner, meta, m)
+            new, _, value, metrics = self.trpo.step(
+                member, one, (), Task(support, query), key=key, progress=progress
+            )
+            return eqx.filter(new, eqx.is_array), value, metrics
+
+        new, values, metrics = jax.lax.map(improve, jnp.arange(learner.particles))
+        metrics = jax.tree.map(jnp.mean, metrics)
+        return Policies(eqx.combine(new, rest)), state, jnp.mean(values), metrics
+
+
+class _Member(MetaLearner):
+    """A learner of many policies as a learner of one of them, the others held fixed."""
+
+    loss: Loss = eqx.field(static=True)
+    learner: BayesianMAML
+    others: Policies
+    m: Array
+
+    @property
+    def inner_steps(self) -> int:
+        return self.learner.inner_steps
+
+    def iterates(
+        self, meta: Meta, support: Source, *, key: PRNGKeyArray, steps: int | None = None
+    ) -> Model:
+        """The policy after 0, 1, … steps of all."""
+        place = lambda all, one: all.at[self.m].set(one) if eqx.is_array(all) else all  # noqa: E731
+        everyone = Policies(jax.tree.map(place, self.others.models, meta))
+        path = self.learner.iterates(everyone, support, key=key, steps=steps)
+        pick = lambda leaf: leaf[:, self.m] if eqx.is_array(leaf) else leaf  # noqa: E731
+        return jax.tree.map(pick, path.models)
+
+
+def _distance(x: Policies, y: Policies) -> Float[Array, ""]:
+    """`Σ_m ‖x^m − y^m‖`, with derivative 0 where two coincide."""
+    squares = eqx.filter_vmap(tree.squared_distance)(x.models, y.models)
+    apart = squares > 0
+    return jnp.sum(jnp.where(apart, jnp.sqrt(jnp.where(apart, squares, 1.0)), 0.0))

@@ -1,0 +1,138 @@
+"""The learners of the library, unchanged, on roll-outs: training, resuming, evaluation."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_rl_rollout import Countdown, policy_for
+
+import adaptax as ax
+from adaptax import rl
+
+KEY = jax.random.key(0)
+ENV = rl.Navigation()
+TASKS = rl.Tasks(ENV, trajectories=2, horizon=3)
+HOW = {"steps": 2, "meta_batch": 2, "chunk": 1, "key": KEY}
+
+LEARNERS = {
+    "MAML": ax.MAML(rl.log_prob, 0.1),
+    "FOMAML": ax.FOMAML(rl.log_prob, 0.1, 2),
+    "Reptile": ax.Reptile(rl.log_prob, 0.1, 2),
+    "Meta-SGD": ax.MetaSGD(rl.dice, 0.1),
+}
+
+
+def same(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.parametrize("name", list(LEARNERS))
+def test_learners_run_unchanged(name):
+    learner, policy = LEARNERS[name], policy_for(ENV)
+    result = ax.fit(learner, policy, TASKS, mapping="vmap", devices=1, **HOW)
+    start = learner.init(policy, key=KEY)
+    assert result.step == 2
+    assert ax.tree.finite(result.last)
+    assert not same(ax.tree.parameters(start), ax.tree.parameters(result.last))
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("outer", [rl.TRPO(), rl.PPO(epochs=2)], ids=["TRPO", "PPO"])
+def test_a_killed_run_goes_on_bit_by_bit(outer, tmp_path):
+    learner = ax.MAML(rl.log_prob, 0.1)
+    how = {**HOW, "steps": 3, "outer": outer}
+    if isinstance(outer, rl.TRPO):
+        how |= {"validate": TASKS, "validation": {"goals": 2, "steps": 1, "trajectories": 2},
+                "validate_every": 1}  # fmt: skip
+    whole = ax.fit(learner, policy_for(ENV), TASKS, **how)
+
+    def kill(record):
+        if record["step"] == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        ax.fit(learner, policy_for(ENV), TASKS, run=str(tmp_path), watch=kill, **how)
+    resumed = ax.fit(learner, policy_for(ENV), TASKS, run=str(tmp_path), resume=True, **how)
+    assert [record["step"] for record in resumed.history] == [1, 2, 3]
+    assert same(whole.last, resumed.last)
+    assert same(whole.meta, resumed.meta)
+    last = whole.history[-1]
+    assert {"loss", "return_before", "return_after", "gradient_norm"} <= set(last)
+    if isinstance(outer, rl.TRPO):
+        assert all(record["kl"] <= 0.01 for record in whole.history)
+        assert whole.best_score == max(r["validation"]["return"] for r in whole.history)
+        assert not same(whole.last, policy_for(ENV))
+
+
+def test_an_outer_step_and_an_optimizer_contradict_each_other():
+    import optax
+
+    with pytest.raises(ValueError, match="give no optimizer with it"):
+        ax.fit(LEARNERS["MAML"], policy_for(ENV), TASKS, outer=rl.TRPO(),
+               optimizer=optax.sgd(0.1), **HOW)  # fmt: skip
+
+
+def test_a_learner_without_inner_steps():
+    class Odd(ax.MetaLearner):
+        loss: ax.Loss = eqx.field(static=True, default=rl.log_prob)
+
+    with pytest.raises(ValueError, match="Odd has no inner_steps"):
+        rl.frozen.inner_steps(Odd())
+
+
+def test_returns_by_gradient_step(tmp_path):
+    learner, policy = LEARNERS["MAML"], policy_for(ENV)
+    how = {"goals": 5, "steps": 2, "trajectories": 3, "batch": 2, "key": KEY}
+    given = rl.evaluate(learner, policy, TASKS, lr=(0.1, 0.05), **how)
+    assert given.values.shape == (5, 3)
+    schedule = ax.MAML(rl.log_prob, lambda step: jnp.where(step == 0, 0.1, 0.05))
+    by_hand = rl.evaluate(schedule, policy, TASKS, **how)
+    np.testing.assert_allclose(given.values, by_hand.values, rtol=1e-5)
+    own = rl.evaluate(learner, policy, TASKS, **how)
+    np.testing.assert_allclose(own.values[:, :2], given.values[:, :2], rtol=1e-5)
+    assert not np.allclose(own.values[:, 2], given.values[:, 2], rtol=1e-5)
+    column = given.values[:, 1]
+    np.testing.assert_allclose(given.mean(step=1), column.mean())
+    np.testing.assert_allclose(given.ci95(step=1), 1.96 * column.std(ddof=1) / 5**0.5)
+    assert given.score == given.mean()
+    assert "2   " + f"{given.mean():.2f}" in str(given)
+    given.save(tmp_path / "returns.json")
+    record = given.to_json()
+    assert [row["step"] for row in record["curve"]] == [0, 1, 2]
+    assert record["protocol"]["inner_lr"] == [0.1, 0.05]
+    assert record["protocol"]["goals"] == 5
+
+
+class Broken(Countdown):
+    """Pays NaN."""
+
+    def step(self, state, action, key):
+        return state, jnp.nan * jnp.sum(action), state < 0
+
+
+def test_rewards_that_are_not_numbers():
+    env = Broken()
+    tasks = rl.Tasks(env, trajectories=2, horizon=2)
+    with pytest.raises(ValueError, match="Broken paid rewards that are not finite in 2 of 2 tasks"):
+        rl.evaluate(LEARNERS["MAML"], policy_for(env), tasks, goals=2, steps=0, key=KEY)
+    with pytest.raises(ax.TrainingDiverged, match="look for NaN"):
+        ax.fit(LEARNERS["MAML"], policy_for(env), tasks, outer=rl.TRPO(), **HOW)
+
+
+@pytest.mark.parametrize(
+    ("learner", "how", "message"),
+    [
+        ("MAML", {"goals": 0}, "goals, trajectories and batch are at least 1"),
+        ("MAML", {"steps": -1}, "steps at least 0"),
+        ("MAML", {"lr": ()}, "one or more positive step sizes"),
+        ("Meta-SGD", {"lr": (0.1,)}, "MetaSGD has no step size to replace"),
+    ],
+)
+def test_evaluations_that_make_no_sense(learner, how, message):
+    with pytest.raises(ValueError, match=message):
+        rl.evaluate(LEARNERS[learner], None, TASKS, key=KEY, **how)

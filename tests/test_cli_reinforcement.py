@@ -1,0 +1,83 @@
+"""The command line on environments: train, evaluate, compare, and what it refuses."""
+
+import json
+
+import pytest
+
+from adaptax.cli import main
+from adaptax.recipes import RETURNS, reinforcement
+
+SMALL = ["--set", "task.trajectories=2", "--set", "task.horizon=5", "--set", "network.policy=[4]",
+         "--set", "evaluation.trajectories=2", "--episodes", "3", "--steps", "2",
+         "--meta-batch", "2"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on navigation, barely trained."""
+    path = tmp_path_factory.mktemp("navigation") / "run"
+    assert main(["train", "maml", "navigation", *SMALL, "--run", str(path)]) == 0
+    return path
+
+
+def test_train_leaves_returns_and_pictures(run):
+    result = json.loads((run / "test.json").read_text())
+    assert [row["step"] for row in result["curve"]] == [0, 1, 2, 3]
+    assert result["protocol"]["goals"] == 3
+    assert result["protocol"]["inner_lr"] == [0.1, 0.05]
+    assert {"returns.png", "trajectories.png", "learning_curve.png"} <= {
+        path.name for path in run.iterdir()
+    }
+
+
+def test_evaluate_scores_what_training_scored(run, capsys):
+    assert main(["evaluate", str(run), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["curve"] == json.loads((run / "test.json").read_text())["curve"]
+    assert main(["evaluate", str(run), "--untrained", "--steps", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "1 step" in text
+    assert "2 steps" not in text
+
+
+def test_compare_has_baselines_and_the_papers_numbers(here, capsys, monkeypatch):
+    tiny = {
+        "task": {"trajectories": 2, "horizon": 5}, "network": {"policy": [4]}, "steps": 2,
+        "meta_batch": 2, "evaluation": {"goals": 3, "trajectories": 2},
+    }  # fmt: skip
+    monkeypatch.setitem(reinforcement.SHORT, "navigation", tiny)
+    assert main(["compare", "navigation", "--algorithms", "maml", "--out", "both"]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("Random policy", "Oracle", "-40.41 / -11.68"))
+    rows = json.loads((here / "both" / "comparison.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["MAML", "Oracle", "Random policy"]
+    assert [len(row["curve"]) for row in rows] == [4, 1, 4]
+    assert rows[0]["paper"] == {str(k): v for k, v in RETURNS["navigation"]["MAML"].items()}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "bmaml", "bandit"], "reinforcement"),
+        (["train", "maml", "navigation", "--way", "5"], "--way"),
+        (["train", "maml", "navigation", "--outer-lr", "1"], "TRPO"),
+        (["train", "maml", "navigation", "--set", "task.horizon=0"], "horizon"),
+        (["train", "maml", "navigation", "--set", "task.reward=gold"], "reward"),
+        (["train", "maml", "navigation", "--set", "outer.kl=1"], "TRPO"),
+        (["compare", "navigation", "--seeds", "2"], "--seeds"),
+    ],
+)
+def test_errors_are_a_sentence_and_leave_nothing(words, said, capsys, here):
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("adaptax: error: ")
+    assert said in error
+    assert "Traceback" not in error
+    assert not list(here.iterdir())
