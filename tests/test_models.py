@@ -1,3 +1,4 @@
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -209,3 +210,14 @@ def test_mlp_with_batch_norm_normalises_before_the_activation():
     h = jax.nn.relu(model.norms[0](model.layers[0](x)))
     close(model(x), model.head(h))
     close(model(x), model(7 * x), 2e-2)
+
+
+def test_context_is_a_bias_that_the_inner_loop_may_move():
+    model = MLP(2, 1, (4,), key=jax.random.key(0), context=3)
+    x = jax.random.normal(jax.random.key(1), (5, 2))
+    first = model.layers[0]
+    by_hand = model.head(jax.nn.relu(x @ first.weight[:2] + first.bias))
+    assert model.context.shape == (3,)
+    assert jnp.allclose(model(x), by_hand, atol=1e-6)
+    gradient = jax.grad(lambda c: jnp.sum(eqx.tree_at(lambda m: m.context, model, c)(x)))
+    assert jnp.any(gradient(model.context) != 0)

@@ -3,5 +3,17 @@
 from .conv4 import CONV4, Conv4
 from .layers import BatchNorm, Conv2d, Linear, max_pool
 from .mlp import MLP
+from .resnet12 import ResNet12
+from .wide_resnet import WideResNet
 
-__all__ = ["CONV4", "MLP", "BatchNorm", "Conv2d", "Conv4", "Linear", "max_pool"]
+__all__ = [
+    "CONV4",
+    "MLP",
+    "BatchNorm",
+    "Conv2d",
+    "Conv4",
+    "Linear",
+    "ResNet12",
+    "WideResNet",
+    "max_pool",
+]

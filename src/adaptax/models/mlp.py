@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .layers import BatchNorm, Init, Linear
@@ -26,7 +27,11 @@ class MLP(eqx.Module):
         activation: elementwise.
         batch_norm: normalise each hidden layer before its activation.
         init: of the weights. MAML's code draws N(0, 0.01²), `"truncated"`.
+        context: length of a vector of parameters, 0 at first, that every input is joined with: a
+            bias that one inner step may move further than it moves a bias (PLATIPUS: 20).
     """
+
+    context: Float[Array, " context"] | None
 
     layers: tuple[Linear, ...]
     norms: tuple[BatchNorm, ...]
@@ -43,17 +48,22 @@ class MLP(eqx.Module):
         activation: Callable[[Array], Array] = jax.nn.relu,
         batch_norm: bool = False,
         init: Init = "glorot",
+        context: int = 0,
     ):
-        sizes = (in_size, *hidden, out_size)
+        sizes = (in_size + context, *hidden, out_size)
         keys = jax.random.split(key, len(sizes) - 1)
         *layers, head = (Linear(a, b, key=k, init=init) for (a, b), k in zip(pairwise(sizes), keys))
         self.layers, self.head = tuple(layers), head
         self.norms = tuple(BatchNorm(size) for size in hidden) if batch_norm else ()
         self.activation = activation
+        self.context = jnp.zeros(context) if context else None
 
     def __call__(self, x: Float[Array, n * shape]) -> Float[Array, "n out_size"]:
         """A batch of outputs."""
         x = x.reshape(len(x), -1)
+        if self.context is not None:
+            rows = jnp.broadcast_to(self.context, (len(x), *self.context.shape))
+            x = jnp.concatenate([x, rows], axis=1)
         for i, layer in enumerate(self.layers):
             x = layer(x)
             x = self.activation(self.norms[i](x) if self.norms else x)
