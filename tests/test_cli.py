@@ -20,7 +20,7 @@ import adaptax
 from adaptax.cli import ablation, commands, comparison, main, options
 from adaptax.cli.inspection import image_format, load
 from adaptax.cli.progress import Watcher, watching
-from adaptax.recipes import ALGORITHMS, RECIPES, TASKS, Experiment, book
+from adaptax.recipes import ALGORITHMS, RECIPES, TASKS, Experiment, bayesian, book
 from adaptax.tasks import glyphs, images
 
 SINE = ["train", "maml", "sinusoid", "--steps", "20", "--episodes", "6", "--set",
@@ -261,6 +261,62 @@ def test_compare_trains_tests_and_goes_on(here, capsys, monkeypatch):
     assert "--out" in capsys.readouterr().err
 
 
+TINY_CURVES = {"network": {"mlp": [8]}, "steps": 4, "meta_batch": 2}
+
+
+def test_compare_where_uncertainty_counts(here, capsys, monkeypatch):
+    monkeypatch.setitem(bayesian.SHORT, "sinusoid_or_line", TINY_CURVES)
+    platipus = {"steps": 4, "learner": {"samples": 3, "inner_steps": 1}}
+    monkeypatch.setitem(bayesian.SHORTER, ("sinusoid_or_line", "platipus"), platipus)
+    words = ["compare", "ambiguous", "--algorithms", "maml", "platipus", "--episodes", "5",
+             "--out", "both"]  # fmt: skip
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("MAML + noise", "PLATIPUS", "NLL", "in 90 %"))
+    result = json.loads((here / "both" / "comparison.json").read_text())
+    names = [row["name"] for row in result["rows"]]
+    assert names == ["MAML", "MAML + noise", "PLATIPUS"]
+    single, noisy, _ = (row["scores"]["protocol"] for row in result["rows"])
+    assert (single["model"], noisy["model"]) == ("single", "ensemble of 10")
+    assert single["nll_noise"] == noisy["nll_noise"] == 0.3
+    plots = {"comparison.json", "calibration.png", "functions.png", "maml", "platipus"}
+    assert plots == {path.name for path in (here / "both").iterdir()}
+    # PLATIPUS started from the MAML of the comparison, which was not trained twice.
+    start = here / "both" / "platipus" / "init" / "checkpoint.safetensors"
+    assert start.read_bytes() == (here / "both" / "maml" / "checkpoint.safetensors").read_bytes()
+    assert main([*words, "--json"]) == 0  # goes on, with nothing to do
+    again = json.loads(capsys.readouterr().out)
+    assert again["rows"][2]["scores"] == result["rows"][2]["scores"]
+
+
+def test_a_run_starts_from_another(sine_run, here, capsys):
+    words = ["train", "platipus", "sinusoid", "--init-from", str(sine_run), "--steps", "2",
+             "--episodes", "4", "--set", "network.mlp=[8]", "--run", "warm"]  # fmt: skip
+    assert main([*words, "--set", "learner.samples=2", "--set", "learner.kl_weight=0"]) == 0
+    capsys.readouterr()
+    of_maml, of_platipus = load(str(sine_run))[1], load("warm")[1]
+    moved = np.abs(np.asarray(of_platipus["mean"].head.weight - of_maml.head.weight))
+    assert moved.max() < 0.01  # two steps of Adam, 1e-3, from there
+    assert main(words) == 2
+    assert "already" in capsys.readouterr().err
+    words[-1] = "other"
+    assert main([*words[:4], "nowhere", *words[5:]]) == 2
+    assert "no run" in capsys.readouterr().err
+    assert not (here / "other").exists()
+
+
+def test_analyze_active(sine_run, here, capsys):
+    words = ["analyze", "active", str(sine_run), "--labels", "2", "--pool", "4", "--episodes", "3",
+             "--out", "game"]  # fmt: skip
+    assert main(words) == 0
+    assert "entropy" in capsys.readouterr().out
+    result = json.loads((here / "game" / "active.json").read_text())
+    assert [row["labels"] for row in result["learners"][0]["curve"]] == [1, 2, 3]
+    assert (here / "game" / "active.png").exists()
+    assert main([*words, "--labels", "9"]) == 2
+    assert "pool" in capsys.readouterr().err
+
+
 def test_ablate_trains_tests_and_goes_on(here, capsys, monkeypatch):
     tiny = {"conv4": "maml++ omniglot", "filters": 2, "down": "stride", "head": "mean"}
     ablated = ablation.ablated
@@ -386,6 +442,11 @@ def sentence(capsys):
         (["compare", "sinusoid", "--algorithms", "sgd"], "'sgd'"),
         (["compare", "sinusoid", "--way", "5"], "--way"),
         (["compare", "sinusoid", "--seeds", "0"], "--seeds"),
+        (["compare", "ambiguous", "--way", "5"], "--way"),
+        (["compare", "circles", "--algorithms", "ridge"], "not for classes"),
+        (["train", "maml", "circles", "--way", "3"], "two ways"),
+        (["train", "ridge", "fsmol", "--inner-lr", "1"], "no inner steps"),
+        (["train", "bmaml", "sinusoid", "--set", "learner.loss=huber"], "no loss"),
         (["compare", "omniglot", "--data-root", "nowhere"], "nowhere"),
         (["recipes", "show", "maml-omniglot"], "maml-omniglot-"),
         (["recipes", "run", "nothing-like-it"], "recipes list"),

@@ -41,3 +41,16 @@ def test_shapes_that_would_broadcast_are_refused():
     for wrong in (jax.nn.one_hot(jnp.zeros(6, int), 3), jnp.zeros(5, int), jnp.zeros(6)):
         with pytest.raises(ValueError, match="wants integer labels of shape \\(6,\\)"):
             cross_entropy(predict, ax.Batch(X, wrong))
+
+
+def test_normal_is_the_log_density():
+    from scipy.stats import norm
+
+    y = jnp.cos(X)
+    batch = ax.Batch(X, y)
+    each = -norm(np.asarray(X), 0.3).logpdf(np.asarray(y))
+    assert np.isclose(ax.losses.normal(predict, batch, noise=0.3), each.mean(), rtol=1e-5)
+    summed = ax.losses.normal(predict, batch, noise=0.3, reduction="sum")
+    assert np.isclose(summed, each.mean(axis=1).sum(), rtol=1e-5)
+    with pytest.raises(ValueError, match="above 0"):
+        ax.losses.normal(predict, batch, noise=0.0)

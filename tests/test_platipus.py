@@ -386,3 +386,11 @@ def test_tasks_without_examples_are_refused():
         adapt(learner, meta, none)
     with pytest.raises(ValueError, match="the task's query has no examples"):
         learner.meta_loss(meta, ax.Task(task.support, none), key=KEY)
+
+
+def test_it_starts_from_what_init_from_says():
+    maml, given = (ax.models.MLP(1, 1, (3,), key=jax.random.key(i)) for i in range(2))
+    learner = ax.PLATIPUS(ax.losses.mse, 0.1, init_from=maml)
+    meta = learner.init(given, key=jax.random.key(0))
+    assert eqx.tree_equal(meta["mean"], maml)
+    assert eqx.tree_equal(ax.PLATIPUS(ax.losses.mse, init_from=meta).init(given, key=KEY), meta)

@@ -12,6 +12,8 @@ import adaptax as ax
 from adaptax.recipes import (
     ALGORITHMS,
     COMPARED,
+    CURVES,
+    ENVIRONMENTS,
     PAPER_CURVES,
     RECIPES,
     ROWS,
@@ -21,6 +23,7 @@ from adaptax.recipes import (
     ablated,
     closest,
     comparable,
+    demand,
 )
 
 KEY = jax.random.key(0)
@@ -46,12 +49,32 @@ def test_every_recipe_builds_and_is_json(name):
 @pytest.mark.parametrize("tasks", TASKS)
 def test_every_algorithm_has_settings_for_every_task(algorithm, tasks):
     assert algorithm in TITLES
+    try:
+        demand(algorithm, tasks)
+    except ValueError:
+        with pytest.raises(ValueError, match=r"for|not"):
+            closest(algorithm, tasks, 3, 1)
+        return
     for experiment in (closest(algorithm, tasks, 3, 1), comparable(algorithm, tasks, 3, 1)):
         assert (experiment.algorithm, experiment.tasks) == (algorithm, tasks)
         experiment.build_learner()
         eqx.filter_eval_shape(experiment.model)
-        if tasks in ("sinusoid", "glyphs"):
+        if tasks in (*CURVES, *ENVIRONMENTS, "circles", "glyphs"):
             experiment.splits(test=True)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "tasks", "said"),
+    [
+        ("ridge", "omniglot", "not for classes"),
+        ("class-mean", "fsmol", "all have support"),
+        ("leo", "mini_imagenet", "adaptax embed"),
+        ("bmaml", "navigation", "reinforcement"),
+    ],
+)
+def test_what_cannot_be_done_is_said(algorithm, tasks, said):
+    with pytest.raises(ValueError, match=said):
+        closest(algorithm, tasks)
 
 
 def cell(name):

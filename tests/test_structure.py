@@ -15,13 +15,14 @@ SOURCE = ROOT / "src" / "adaptax"
 # A module imports from its own floor or from those before it.
 FLOORS = [
     {"task", "tree"},
-    {"losses", "conv", "metrics", "io", "svgd"},
+    {"losses", "conv", "metrics", "io", "svgd", "augment"},
     {"inner", "batch_norm"},
     {"learner"},
     {"algorithms", "tasks", "models", "bridge"},
     {"mapping", "feed", "run"},
     {"evaluate"},
-    {"train", "testing"},
+    {"train", "testing", "rl"},
+    {"pretrain"},
     {"recipes", "report", "analysis"},
     {"cli"},
 ]

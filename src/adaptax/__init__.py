@@ -11,25 +11,30 @@ from . import (
     losses,
     metrics,
     models,
+    rl,
     svgd,
     tasks,
     testing,
     tree,
 )
+from .algorithms.baselines import NearestClassMean, RidgeRegression
 from .algorithms.bmaml import BayesianMAML
 from .algorithms.checkpoint_ensemble import CheckpointEnsemble
 from .algorithms.gaussian import Gaussian, gamma_prior, gaussian_nll
+from .algorithms.leo import LEO, LEORegression
 from .algorithms.maml import ANIL, FOMAML, MAML, MetaSGD
 from .algorithms.maml_ensemble import MAMLEnsemble
 from .algorithms.maml_plus_plus import MAMLPlusPlus
 from .algorithms.platipus import PLATIPUS, ProbabilisticMAML
 from .algorithms.reptile import Reptile
+from .augment import Augmentation
 from .bridge import from_torch, to_torch
 from .evaluate import Evaluator, Report, evaluate, predict
 from .io import load, save
 from .learner import Ensemble, Functional, MetaLearner
 from .losses import Loss
 from .mapping import meta_value_and_grad
+from .pretrain import Pretraining, extract, pretrain
 from .run import Run
 from .task import (
     Batch,
@@ -40,15 +45,17 @@ from .task import (
     Task,
     TaskDistribution,
 )
-from .train import Result, TrainingDiverged, fit
+from .train import Outer, Result, TrainingDiverged, fit
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ANIL",
     "FOMAML",
+    "LEO",
     "MAML",
     "PLATIPUS",
+    "Augmentation",
     "Batch",
     "BayesianMAML",
     "CheckpointEnsemble",
@@ -57,16 +64,21 @@ __all__ = [
     "Functional",
     "Gaussian",
     "HostTaskDistribution",
+    "LEORegression",
     "Loss",
     "MAMLEnsemble",
     "MAMLPlusPlus",
     "MetaLearner",
     "MetaSGD",
     "Minibatches",
+    "NearestClassMean",
+    "Outer",
+    "Pretraining",
     "ProbabilisticMAML",
     "Report",
     "Reptile",
     "Result",
+    "RidgeRegression",
     "Run",
     "Source",
     "Splits",
@@ -77,6 +89,7 @@ __all__ = [
     "batch_norm",
     "conv",
     "evaluate",
+    "extract",
     "fit",
     "from_torch",
     "gamma_prior",
@@ -89,6 +102,8 @@ __all__ = [
     "metrics",
     "models",
     "predict",
+    "pretrain",
+    "rl",
     "save",
     "svgd",
     "tasks",

@@ -26,6 +26,10 @@ DIVERGED = 10.0
 many times its error before."""
 
 
+MORE_IS_BETTER = ("accuracy", "r2", "readings", "reading_accuracy")
+"""Metrics that are to be large."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """Scores of one learner on the episodes of one split, with the protocol they belong to.
@@ -38,6 +42,7 @@ class Report:
         bins: calibration tables, `(len(at), bins, 3)`, for classification.
         quantiles: how many targets fell in each quantile of their prediction, `(len(at), bins)`,
             for regression.
+        select: the metric that `score` is of; the primary one if `None`.
     """
 
     protocol: dict[str, Any]
@@ -45,6 +50,7 @@ class Report:
     values: dict[str, np.ndarray]
     bins: np.ndarray | None
     quantiles: np.ndarray | None = None
+    select: str | None = None
 
     @property
     def primary(self) -> str:
@@ -53,9 +59,10 @@ class Report:
 
     @property
     def score(self) -> float:
-        """The primary metric after the last step, signed so that more is better."""
-        mean = self.mean(self.primary)
-        sign = 1 if self.primary == "accuracy" else -1
+        """What `fit` selects by, after the last step, signed so that more is better."""
+        metric = self.primary if self.select is None else self.select
+        mean = self.mean(metric)
+        sign = 1 if metric in MORE_IS_BETTER else -1
         return sign * mean if math.isfinite(mean) else -math.inf
 
     def mean(self, metric: str, step: int = -1, *, diverged: bool = True) -> float:
@@ -210,6 +217,8 @@ class Evaluator:
         noise: standard deviation of the targets that the likelihood and the intervals of a
             regression assume; or `"learned"`: what the model, or each of an ensemble, says in its
             attribute `noise`, as `adaptax.Gaussian` does.
+        select: the metric that the report's `score` is of, by which `fit` selects: such as `"nll"`
+            where it counts how sure a prediction is; accuracy or squared error if `None`.
         mapping: how to map over episodes; see `adaptax.mapping.Mapping`.
         fast_path: see `adaptax.conv.fast`.
         watch: called with the number of episodes done.
@@ -225,6 +234,7 @@ class Evaluator:
         at: Sequence[int] | None = None,
         transductive: bool = True,
         noise: float | str = 1.0,
+        select: str | None = None,
         mapping: Mapping = "auto",
         fast_path: FastPath = "auto",
         watch: Callable[[int], None] | None = None,
@@ -244,22 +254,34 @@ class Evaluator:
         )
         self.steps, self.at, self.transductive, self.noise = steps, at, transductive, noise
         self.mapping, self.fast_path, self.watch = mapping, fast_path, watch
+        self.select = select
         self._facts: dict[str, Any] = {}
         self._size: int | None = None
         self._program = eqx.filter_jit(self._chunk)
 
-    def __call__(self, meta: Meta, *, key: PRNGKeyArray) -> Report:
-        """Score these meta-parameters on the episodes that `key` names."""
+    def __call__(
+        self, meta: Meta, *, key: PRNGKeyArray, noise: float | Array | None = None
+    ) -> Report:
+        """Score these meta-parameters on the episodes that `key` names.
+
+        Args:
+            meta: the meta-parameters.
+            key: names the episodes.
+            noise: another standard deviation than the evaluator's, without compiling anew.
+        """
+        assumed: Any = self.noise if noise is None else noise
+        # An argument of the program; `None` asks the models for theirs.
+        noise = None if assumed == "learned" else jnp.asarray(assumed, float)
         if self._size is None:
             probe = feed.load(self.tasks, key, jnp.zeros(1, jnp.uint32))
-            each = lambda loaded: self._episode(meta, self.tasks, loaded, key)  # noqa: E731
+            each = lambda loaded: self._episode(meta, self.tasks, noise, loaded, key)  # noqa: E731
             self._size = chunk_size(self.mapping, 32, each, (probe,))
         # The tail of the last chunk repeats the last episode, so that one program does for all.
         chunk = min(self.episodes, 100 if self._size == 1 else 20 * self._size)
         jobs = (lambda s=s: self._load(s, chunk, key) for s in range(0, self.episodes, chunk))
         parts = []
         for loaded, keys in feed.prefetch(self.tasks, jobs):
-            scores = self._program(meta, self.tasks, loaded, keys)
+            scores = self._program(meta, self.tasks, noise, loaded, keys)
             parts.append(jax.tree.map(np.asarray, scores))
             if self.watch is not None:
                 self.watch(min(len(parts) * chunk, self.episodes))
@@ -268,9 +290,12 @@ class Evaluator:
         bins = None if bins is None else bins.sum(axis=0)
         quantiles = values.pop("quantiles", None)
         quantiles = None if quantiles is None else quantiles.sum(axis=0)
-        return Report(self._protocol("mse" in values), self._facts["at"], values, bins, quantiles)
+        protocol = self._protocol(assumed if "mse" in values else None)
+        if self.select is not None and self.select not in values:
+            raise ValueError(f"select is one of {', '.join(values)}, not {self.select!r}")
+        return Report(protocol, self._facts["at"], values, bins, quantiles, self.select)
 
-    def _protocol(self, regression: bool) -> dict[str, Any]:
+    def _protocol(self, noise: float | str | None) -> dict[str, Any]:
         particles = self._facts["particles"]
         return {
             **self.learner.describe(),
@@ -281,7 +306,7 @@ class Evaluator:
             "ci": "1.96 standard errors over episodes",
             "transductive": self.transductive,
             "model": "single" if particles == 1 else f"ensemble of {particles}",
-            **({"nll_noise": self.noise} if regression else {}),
+            **({} if noise is None else {"nll_noise": noise}),
         }
 
     def _load(self, start: int, chunk: int, key: PRNGKeyArray) -> tuple[PyTree, Array]:
@@ -290,13 +315,18 @@ class Evaluator:
         return feed.load(self.tasks, key, index), keys
 
     def _chunk(
-        self, meta: Meta, tasks: TaskDistribution, loaded: PyTree, keys: Array
+        self, meta: Meta, tasks: TaskDistribution, noise: Array | None, loaded: PyTree, keys: Array
     ) -> dict[str, Array]:
-        each = lambda xs: self._episode(meta, tasks, *xs)  # noqa: E731
+        each = lambda xs: self._episode(meta, tasks, noise, *xs)  # noqa: E731
         return jax.lax.map(each, (loaded, keys), batch_size=None if self._size == 1 else self._size)
 
     def _episode(
-        self, meta: Meta, tasks: TaskDistribution, loaded: PyTree, key: PRNGKeyArray
+        self,
+        meta: Meta,
+        tasks: TaskDistribution,
+        noise: Array | None,
+        loaded: PyTree,
+        key: PRNGKeyArray,
     ) -> dict[str, Array]:
         """Scores of one episode, leading with the axis of scored steps."""
         adapt_key, support_key, query_key = jax.random.split(key, 3)
@@ -315,14 +345,17 @@ class Evaluator:
         self._facts["particles"] = getattr(before, "particles", 1)
         self._facts["backbone"] = _backbone(before)
 
+        # Some families have scores of their own, such as the readings of ambiguous tasks.
+        more = getattr(tasks, "scores", None)
+
         def scores(arrays: PyTree) -> dict[str, Array]:
             model = eqx.combine(arrays, rest)
             predictions = predict(
                 model, query.x, support.x,
                 transductive=self.transductive, fast_path=self.fast_path,
             )  # fmt: skip
-            noise = _learned_noise(model) if self.noise == "learned" else self.noise
-            return _scores(predictions, query.y, noise)
+            found = _scores(predictions, query.y, learned_noise(model) if noise is None else noise)
+            return found | (more(predictions, query.y) if more is not None else {})
 
         picked = jax.tree.map(lambda leaf: leaf[jnp.array(chosen)], arrays)
         return jax.lax.map(scores, picked)
@@ -391,7 +424,7 @@ def _scores(predictions: Array, targets: Array, noise: Any) -> dict[str, Array]:
     return scores | metrics.coverage(predictions, targets, noise)
 
 
-def _learned_noise(model: Model) -> Float[Array, "*particles"]:
+def learned_noise(model: Model) -> Float[Array, "*particles"]:
     """The standard deviations that a model, or each of an ensemble, learned."""
     owner = model.models if isinstance(model, Ensemble) else model
     if not hasattr(owner, "noise"):

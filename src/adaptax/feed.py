@@ -28,7 +28,7 @@ def load(tasks: TaskDistribution, key: PRNGKeyArray, episodes: Integer[Array, " 
     plan = tasks.plan
     for _ in episodes.shape:
         plan = jax.vmap(plan)
-    return tasks.fetch(eqx.filter_jit(plan)(keys))
+    return tasks.fetch(eqx.filter_jit(lambda keys: plan(keys))(keys))
 
 
 def task(tasks: TaskDistribution, loaded: PyTree) -> Task:

@@ -9,6 +9,7 @@ and LEO's codes sum. `reduction=` names all three:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -41,6 +42,30 @@ def mse(model: Model, batch: Batch, *, reduction: Reduction = "mean") -> Float[A
         )
     errors = jnp.square(predictions - batch.y)
     return _reduce(jnp.mean(errors.reshape(len(errors), -1), axis=1), reduction, way=1)
+
+
+def normal(
+    model: Model, batch: Batch, *, noise: float = 1.0, reduction: Reduction = "mean"
+) -> Float[Array, ""]:
+    """`−log N(y; f(x), noise²)`, in nats, averaged over outputs and reduced over examples.
+
+    For those who weigh the likelihood against something else: the KL of `ProbabilisticMAML`, the
+    repulsion or the mixture of `BayesianMAML`.
+
+    Args:
+        model: predicts `(n, out)` from `batch.x`.
+        batch: float targets `(n, out)`.
+        noise: standard deviation of the targets.
+        reduction: `"mean"` or `"sum"` over the examples.
+
+    Raises:
+        ValueError: if predictions and targets differ in shape, or the noise is not positive.
+    """
+    if not noise > 0:
+        raise ValueError(f"noise is the standard deviation of the targets, above 0, not {noise}")
+    constant = math.log(noise) + math.log(2 * math.pi) / 2
+    half = mse(model, batch, reduction=reduction) / (2 * noise**2)
+    return half + constant * (batch.size if reduction == "sum" else 1)
 
 
 def cross_entropy(model: Model, batch: Batch, *, reduction: Reduction = "mean") -> Float[Array, ""]:

@@ -156,6 +156,19 @@ def sum_over(function: Callable[..., PyTree], xs: tuple[PyTree, ...], mapping: M
     return out
 
 
+def map_over(function: Callable[[PyTree], PyTree], xs: PyTree, size: int) -> PyTree:
+    """`function(xs[i])` for every i along the leading axis of `xs`, stacked.
+
+    Args:
+        function: pure.
+        xs: with a leading axis.
+        size: how many at once.
+    """
+    if size >= len(jax.tree.leaves(xs)[0]):
+        return jax.vmap(function)(xs)
+    return jax.lax.map(function, xs, batch_size=None if size == 1 else size)
+
+
 def chunk_size(mapping: Mapping, count: int, function: Callable[..., Any], xs: Any) -> int:
     """How many tasks to map at once."""
     if mapping == "auto":

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 BINS = 15
 """Bins of confidence in the calibration error."""
 
-LEVELS = (50, 95)
+LEVELS = (50, 90, 95)
 """Central intervals whose coverage is a metric of regression, in per cent."""
 
 QUANTILES = 40
@@ -111,8 +111,9 @@ def coverage(
     between the quantiles (1 − c)/2 and (1 + c)/2. A target lies within it just when its own
     quantile `u = 1/M Σ_m Φ((y − f_m(x)) / noise)` does, so no interval is ever solved for.
 
-    * `coverage_50`, `coverage_95`: fraction of targets in the intervals of `LEVELS`; of a
-      calibrated prediction, 0.5 and 0.95. A target that is predicted as NaN is outside.
+    * `coverage_50`, `coverage_90`, `coverage_95`: fraction of targets in the intervals of
+      `LEVELS`; of a calibrated prediction, 0.5, 0.9 and 0.95. A target that is predicted as NaN is
+      outside.
     * `quantiles`: `(QUANTILES,)`, how many targets have u in each of as many equal bins; those
       that are predicted as NaN are in the first.
 

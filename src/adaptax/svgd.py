@@ -27,13 +27,14 @@ Kernel = Callable[[Array], tuple[Array, Array]]
 """From flat particles `(M, D)` to the matrix `k(θ_i, θ_j)`, `(M, M)`, and to the repulsion
 `Σ_j ∇_{θ_j} k(θ_j, θ_i)` that each feels, `(M, D)`. Differentiable."""
 
-RULES = ("median", "median-all", "median-distance", "mean-distance")
+RULES = ("median", "median-all", "median-distance", "mean-distance", "mean-distance-plus")
 """Rules that choose the bandwidth h, from the squared distances d² of M particles:
 
 * `"median"`: the median of d² between different particles, over log(M + 1).
 * `"median-all"`: the median of all M² of them, zeros included, over log M (BMAML's code, `org`).
 * `"median-distance"`: the square of the median distance, over log M (BMAML's code, `med`).
 * `"mean-distance"`: the square of the mean distance, over log M (BMAML's code, otherwise).
+* `"mean-distance-plus"`: the same over log(M + 1) (BMAML's code for reinforcement learning).
 """
 
 
@@ -101,6 +102,8 @@ class RBF:
                 h = jnp.median(_root(pairs)) ** 2 / math.log(count)
             case "mean-distance":
                 h = jnp.mean(_root(pairs)) ** 2 / math.log(count)
+            case "mean-distance-plus":
+                h = jnp.mean(_root(pairs)) ** 2 / math.log(count + 1)
             case _:
                 h = jnp.asarray(self.bandwidth, squares.dtype)
         h = jnp.where(h > 0, h, 1.0)

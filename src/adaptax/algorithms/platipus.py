@@ -36,8 +36,8 @@ class ProbabilisticMAML(MetaLearner):
     p differ, and so do the adapted models. With `KL = ½ Σ [log(σ²/v) + (v + Δ²)/σ² − 1]`, Δ the
     difference of the means.
 
-    It trains slowly. Users start it from a trained MAML: give its meta-parameters for the model,
-    `adaptax.fit(learner, maml_result.meta, ...)`; those of `MetaSGD` do as well.
+    It trains slowly. Users start it from a trained MAML: give its meta-parameters as `init_from`,
+    or for the model, `adaptax.fit(learner, maml_result.meta, ...)`; those of `MetaSGD` do as well.
 
     The loss stands for −log p. Its scale against the KL, which is a sum over parameters, is that of
     `kl_weight`: on a mean loss a weight of w is one of n·w on the sum over n examples.
@@ -66,6 +66,7 @@ class ProbabilisticMAML(MetaLearner):
         first_order: take every gradient inside the meta-loss for a constant.
         remat: recompute inner steps in the backward pass: memory for time.
         adapt_only: a predicate on leaf paths choosing what is adapted, and random.
+        init_from: what μ starts from in place of the model that `init` is given; see there.
 
     Raises:
         ValueError: for a variance that is not positive, a negative rate or weight, no samples, or
@@ -88,6 +89,7 @@ class ProbabilisticMAML(MetaLearner):
     first_order: bool = eqx.field(static=True, default=False)
     remat: bool = eqx.field(static=True, default=False)
     adapt_only: tree.Predicate | None = eqx.field(static=True, default=None)
+    init_from: Model | Meta | None = None
 
     def __check_init__(self) -> None:
         for name in ("prior_variance", "inference_variance"):
@@ -112,6 +114,7 @@ class ProbabilisticMAML(MetaLearner):
                 of `MetaSGD`, whose rates are dropped; or those of this learner, to continue.
             key: not used.
         """
+        model = model if self.init_from is None else self.init_from
         if isinstance(model, dict) and "mean" in model:
             return model
         mean = model["model"] if isinstance(model, dict) and "model" in model else model

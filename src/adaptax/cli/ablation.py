@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from .. import io, report
+from .. import report
 from ..evaluate import Report
 from ..recipes import ROWS, Experiment, ablated
-from . import settings
 from .app import Interrupted
 from .commands import Ablate
-from .facts import dump, facts
+from .facts import command, dump, facts, keep
 from .progress import scoring
 from .training import Trained, consoles, fit_or_go_on, free_folder, save_figure
 
@@ -49,7 +47,7 @@ def ablate(asked: Ablate) -> None:
     experiments = _experiments(asked)
     next(iter(experiments.values())).splits(asked.data_root)  # bad data are told first
     path = Path(asked.out) if asked.out else free_folder(f"ablate-{asked.tasks}")
-    go_on = _command(asked, path)
+    go_on = command(asked, "ablate", str(asked.tasks), out=path)
     out, progress = consoles()
     try:
         scored = [
@@ -76,7 +74,7 @@ def _experiments(asked: Ablate) -> dict[str, Experiment]:
         "seed": asked.seed,
     }
     return {
-        row: settings.changed(ablated(row, asked.tasks or "", asked.way, asked.shot), changes)
+        row: changed(ablated(row, asked.tasks or "", asked.way, asked.shot), changes)
         for row in dict.fromkeys(asked.rows or ROWS)
     }
 
@@ -122,11 +120,11 @@ def _finish(scored: list[Scored], asked: Ablate, path: Path, out: Console) -> No
             for one, cells in zip(scored, rows)
         ],
         "note": UNVERIFIED,
-        "command": _command(asked, path),
+        "command": command(asked, "ablate", str(asked.tasks), out=path),
         "plots": [str(plot)],
         **facts(),
     }
-    io.write_atomic(path / "ablation.json", (dump(result) + "\n").encode())
+    keep(path / "ablation.json", result)
     if asked.json:
         print(dump(result))
         return
@@ -136,14 +134,3 @@ def _finish(scored: list[Scored], asked: Ablate, path: Path, out: Console) -> No
         out.print(f"{UNVERIFIED}; theirs are of 125,000 meta-steps, ± over 3 seeds")
     out.print(report.summary(scored[-1].single), soft_wrap=True)
     out.print(f"results: {path} (ablation.json, {plot.name})", soft_wrap=True)
-
-
-def _command(asked: Ablate, path: Path) -> str:
-    words = ["adaptax", "ablate", str(asked.tasks)]
-    for field in dataclasses.fields(Ablate):
-        value = getattr(asked, field.name)
-        if field.name in ("tasks", "out", "json") or value == field.default:
-            continue
-        many = value if isinstance(value, tuple) else (value,)
-        words += [f"--{field.name.replace('_', '-')}", *map(str, many)]
-    return shlex.join([*words, "--out", str(path)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import shlex
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -40,7 +39,7 @@ from ..run import Run
 from ..task import Model, Splits, TaskDistribution
 from .app import Interrupted
 from .commands import AnalyzeGradients, AnalyzeTaylor
-from .facts import dump, facts
+from .facts import command, dump, facts, keep
 from .progress import scoring, watching
 from .settings import or_else
 from .training import consoles, free_folder, new_config
@@ -84,7 +83,7 @@ def gradients(asked: AnalyzeGradients) -> None:
     # All at once, so that bad data are told before anything is written.
     splits = {_task(arm): arm.experiment.splits(asked.data_root) for arm in _distinct(arms)}
     path = Path(asked.out) if asked.out else free_folder(f"analyze-{asked.study}")
-    go_on = _command("gradients", asked, path)
+    go_on = command(asked, "analyze", "gradients", out=path)
     out, progress = consoles()
     try:
         rows = [
@@ -140,7 +139,7 @@ def taylor(asked: AnalyzeTaylor) -> None:
         "tasks": sampled[counts[0]].describe(),
         "network": network,
         "expansions": {name: [one.to_json() for one in each] for name, each in measured.items()},
-        "command": _command("taylor", asked, path),
+        "command": command(asked, "analyze", "taylor", asked.tasks, out=path),
         **facts(),
     }
     _write(path, "taylor", result, report.expansions(measured))
@@ -287,16 +286,4 @@ def _write(path: Path, name: str, result: dict[str, Any], figure: Figure) -> Non
     picture = BytesIO()
     figure.savefig(picture, dpi=160, format="png")
     io.write_atomic(path / f"{name}.png", picture.getvalue())
-    io.write_atomic(path / f"{name}.json", (dump(result) + "\n").encode())
-
-
-def _command(name: str, asked: AnalyzeGradients | AnalyzeTaylor, path: Path) -> str:
-    words = ["adaptax", "analyze", name]
-    for field in dataclasses.fields(asked):
-        value = getattr(asked, field.name)
-        if field.name == "tasks":
-            words.append(value)
-        elif field.name not in ("out", "json") and value != field.default:
-            many = value if isinstance(value, tuple) else () if value is True else (value,)
-            words += [f"--{field.name.replace('_', '-')}", *map(str, many)]
-    return shlex.join([*words, "--out", str(path)])
+    keep(path / f"{name}.json", result)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import tyro
 from rich.console import Console
 
-from . import commands
+from . import commands, pretraining
 
 TOP = {
     "train": commands.Train,
@@ -18,6 +18,8 @@ TOP = {
     "compare": commands.Compare,
     "ablate": commands.Ablate,
     "predict": commands.Predict,
+    "pretrain": pretraining.Pretrain,
+    "embed": pretraining.Embed,
 }
 RECIPES = {
     "list": commands.RecipesList,
@@ -27,6 +29,7 @@ RECIPES = {
 ANALYZE = {
     "gradients": commands.AnalyzeGradients,
     "taylor": commands.AnalyzeTaylor,
+    "active": commands.AnalyzeActive,
 }
 ABOUT = """Meta-learning of the MAML family.
 
@@ -38,7 +41,7 @@ ABOUT_RECIPES = """The experiments of the papers' tables, by name.
 
 For example:
   adaptax recipes run maml-sinusoid"""
-ABOUT_ANALYZE = """What meta-gradients are made of: the analysis of Reptile's paper, measured.
+ABOUT_ANALYZE = """What meta-gradients are made of, and what uncertainty is good for.
 
 For example:
   adaptax analyze taylor sinusoid"""

@@ -10,7 +10,7 @@ from typing import Literal
 
 from tyro.conf import Positional, UseAppendAction
 
-from .options import Algorithm, Family, Flag, Float, Int, Mapping, OwnInt, Word
+from .options import Algorithm, Comparison, Family, Flag, Float, Int, Mapping, OwnInt, Word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,14 +21,17 @@ class Train:
     scores and plots. Settings that are not given are those of the closest recipe; see
     `adaptax recipes list`. Ctrl-C saves, and says how to go on.
 
-    ALGORITHM is maml, fomaml, anil, meta-sgd, maml++, reptile or pretrained (joint training, then
-    fine-tuning); TASKS is sinusoid, omniglot, mini_imagenet, glyphs (drawn from Matplotlib's
-    fonts, no download) or folder (your images, a class a directory).
+    ALGORITHM is maml, fomaml, anil, meta-sgd, maml++, reptile, platipus, bmaml, emaml (an ensemble
+    of MAMLs), pretrained (joint training, then fine-tuning) or ridge (regression of each task
+    alone). TASKS is omniglot, mini_imagenet, glyphs (drawn from Matplotlib's fonts, no download)
+    or folder (your images, a class a directory); the functions sinusoid, sinusoid_or_line and
+    finite_sinusoids; circles in the plane; celeba (attributes of faces); or fsmol (assays).
 
     For example:
       adaptax train maml sinusoid
       adaptax train reptile omniglot --way 5 --shot 1 --steps 15000
       adaptax train fomaml folder --path my/images --way 3 --shot 2 --steps 500
+      adaptax train platipus sinusoid_or_line --init-from runs/maml-sinusoid_or_line
       adaptax train --resume runs/maml-sinusoid
     """
 
@@ -66,6 +69,8 @@ class Train:
     """the images of the task family `folder`, a class a directory"""
     run: Word = None
     """folder to write, else runs/ALGORITHM-TASKS"""
+    init_from: Word = None
+    """start from what the run in this folder learned: PLATIPUS from MAML"""
     resume: Word = None
     """go on with the run in this folder, with its own settings"""
     validate_every: Int = None
@@ -136,16 +141,23 @@ class Compare:
     Sinusoids are MAML's: trained with 10 shots for 70,000 meta-steps, tested with 5. Images are
     trained briefly unless --steps says otherwise: 300 meta-steps of glyphs, 2,000 of other data.
 
+    Where uncertainty counts, the table has likelihoods and the coverage of intervals beside the
+    errors, and there are pictures of what the models say: ambiguous (noisy sine waves or lines),
+    finite_sinusoids, circles, celeba (with the readings that models choose) and fsmol (every
+    learner against ridge regression of each assay and a pretrained net). PLATIPUS starts from a
+    MAML of its own there, and the times are without it.
+
     For example:
       adaptax compare sinusoid
+      adaptax compare ambiguous
       adaptax compare glyphs --algorithms maml anil reptile --steps 300
       adaptax compare omniglot --way 5 --shot 1 --steps 10000 --seeds 3
     """
 
-    tasks: Family
-    """what to compare on"""
+    tasks: Comparison
+    """what to compare on; ambiguous is sinusoid_or_line"""
     algorithms: tuple[str, ...] = ()
-    """which; by default maml, fomaml and reptile, and pretrained for sinusoids"""
+    """which; by default those that the papers compare"""
     way: OwnInt = None
     """classes an episode (5 if not given)"""
     shot: OwnInt = None
@@ -411,3 +423,44 @@ class AnalyzeTaylor:
         from .analysis import taylor
 
         taylor(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnalyzeActive:
+    """Active learning: does it help a run to choose which examples it is told the labels of?
+
+    In every test task the run adapts to a few labelled examples, then asks for one more of a pool,
+    again and again: the one that its prediction is least sure of, or one at random. Both see the
+    same tasks, start and queries. Give runs on the same tasks to compare their gains; a single
+    regressor, such as MAML's, is equally unsure everywhere and has none. Writes active.json and
+    active.png.
+
+    For example:
+      adaptax analyze active runs/bmaml-sinusoid_or_line --start 2 --labels 10
+      adaptax analyze active runs/emaml-omniglot-5w1s runs/maml-omniglot-5w1s --pool 10
+    """
+
+    runs: Positional[tuple[str, ...]]
+    """folders of the runs"""
+    start: int = 1
+    """labelled examples to start from, of each class where there are classes"""
+    labels: int = 10
+    """examples to label after those"""
+    pool: int = 20
+    """examples in the pool, of each class where there are classes"""
+    episodes: int = 300
+    """test tasks"""
+    seed: int = 0
+    """names the tasks"""
+    data_root: Word = None
+    """folder of the data sets, if not the one that the runs were trained from"""
+    out: Word = None
+    """folder to write, else runs/active-TASKS"""
+    json: Flag = False
+    """print the curves as JSON"""
+
+    def __call__(self) -> None:
+        """Run it."""
+        from .active import active
+
+        active(self)

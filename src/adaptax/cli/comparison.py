@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,23 @@ import numpy as np
 from rich.console import Console
 from scipy.special import stdtrit
 
-from .. import io, report
+from .. import report
 from ..evaluate import Report
-from ..recipes import COMPARED, PAPER_CURVES, RECIPES, TITLES, Experiment, comparable
-from . import settings
+from ..recipes import (
+    CELLS,
+    COMPARED,
+    ENVIRONMENTS,
+    PAPER_CURVES,
+    RECIPES,
+    TITLES,
+    Experiment,
+    changed,
+    comparable,
+)
+from . import reinforcement, settings, uncertainty
 from .app import Interrupted
 from .commands import Compare
-from .facts import dump, facts
-from .options import ALGORITHMS
+from .facts import command, dump, facts, keep
 from .progress import scoring
 from .training import PICTURED, Trained, consoles, fit_or_go_on, free_folder, save_figure
 
@@ -66,11 +74,17 @@ class Entry:
 
 def compare(asked: Compare) -> None:
     """Train, test, and write the comparison."""
+    if asked.tasks == "ambiguous" or asked.tasks in CELLS:
+        uncertainty.compare(asked)
+        return
+    if asked.tasks in ENVIRONMENTS:
+        reinforcement.compare(asked)
+        return
     experiments = _experiments(asked)
     first = next(iter(experiments.values()))
     first.splits(asked.data_root, test=True)  # so that bad data are told before anything is written
     path = Path(asked.out) if asked.out else free_folder(f"compare-{asked.tasks}")
-    go_on = _command(asked, path)
+    go_on = command(asked, "compare", str(asked.tasks), out=path)
     out, progress = consoles()
     try:
         entries = [
@@ -90,10 +104,7 @@ def _experiments(asked: Compare) -> dict[str, Experiment]:
         raise ValueError("sinusoids are compared as in MAML's paper; leave out --way and --shot")
     if asked.seeds < 1:
         raise ValueError(f"--seeds is at least 1, not {asked.seeds}")
-    names = asked.algorithms or COMPARED["sinusoid" if sinusoid else "images"]
-    for name in names:
-        if name not in ALGORITHMS:
-            raise ValueError(f"{name!r} is no algorithm; there are {', '.join(ALGORITHMS)}")
+    names = settings.known(asked.algorithms or COMPARED["sinusoid" if sinusoid else "images"])
     changes = {
         "steps": settings.or_else(asked.steps, STEPS.get(asked.tasks, SHORT)),
         "evaluation": {
@@ -102,10 +113,10 @@ def _experiments(asked: Compare) -> dict[str, Experiment]:
     }
     way, shot = settings.or_else(asked.way, 5), settings.or_else(asked.shot, 1)
     return {
-        name: settings.changed(
+        name: changed(
             settings.with_path(comparable(name, asked.tasks, way, shot), asked.path), changes
         )
-        for name in dict.fromkeys(names)
+        for name in names
     }
 
 
@@ -127,11 +138,11 @@ def _entry(
 
 def _report(trained: Trained, console: Console) -> Report:
     experiment = trained.experiment
-    own = _own_steps(experiment)
-    most = own if experiment.algorithm == "meta-sgd" else max(own, max(SHOWN))
+    own = experiment.eval_steps
+    fixed = experiment.algorithm in ("meta-sgd", "leo") or own == 0
+    most = own if fixed else max(own, max(SHOWN))
     at = sorted({step for step in (0, 1, 2, 3, 4, 5, 7, 10, 20, 30, 50, own) if step <= most})
-    episodes = experiment.evaluation.get("episodes", 600)
-    with scoring(f"{TITLES[experiment.algorithm]}, test", episodes, console) as watch:
+    with scoring(f"{TITLES[experiment.algorithm]}, test", experiment.episodes, console) as watch:
         return experiment.test(trained.meta, trained.test, steps=most, at=at, watch=watch)
 
 
@@ -171,11 +182,11 @@ def _finish(entries: list[Entry], asked: Compare, path: Path, out: Console) -> N
             for entry, row in zip(entries, rows)
         ],
         "ci95": "over episodes" if asked.seeds == 1 else f"over {asked.seeds} seeds",
-        "command": _command(asked, path),
+        "command": command(asked, "compare", str(asked.tasks), out=path),
         "plots": [str(plot) for plot in plots],
         **facts(),
     }
-    io.write_atomic(path / "comparison.json", (dump(result) + "\n").encode())
+    keep(path / "comparison.json", result)
     if asked.json:
         print(dump(result))
         return
@@ -196,13 +207,14 @@ def _finish(entries: list[Entry], asked: Compare, path: Path, out: Console) -> N
 
 def _row(entry: Entry) -> dict[str, Any]:
     scores, diverged, experiment = {}, {}, entry.trained[0].experiment
-    own = _own_steps(experiment)
+    own = experiment.eval_steps
     for position, step in enumerate(entry.reports[0].at):
         if step in SHOWN:
             heading = f"{step} step{'s' * (step != 1)}"
             scores[heading], diverged[heading] = entry.score(position), entry.diverged(position)
     if experiment.tasks != "sinusoid":
-        scores["own protocol"] = entry.score(entry.reports[0].at.index(own))
+        at = entry.reports[0].at
+        scores["own protocol"] = entry.score(at.index(own) if own in at else -1)
     return {
         "name": entry.name if "own protocol" not in scores else f"{entry.name} ({own} steps)",
         "metric": entry.reports[0].primary,
@@ -221,19 +233,3 @@ def _paper(experiment: Experiment) -> str:
     task = experiment.task
     name = f"{experiment.algorithm}-{experiment.tasks}-{task['way']}w{task['shot']}s"
     return RECIPES[name].paper if name in RECIPES else "no number"
-
-
-def _own_steps(experiment: Experiment) -> int:
-    learner = experiment.learner
-    return learner.get("eval_steps", learner.get("inner_steps", 1))
-
-
-def _command(asked: Compare, path: Path) -> str:
-    words = ["adaptax", "compare", str(asked.tasks)]
-    for field in dataclasses.fields(Compare):
-        value = getattr(asked, field.name)
-        if field.name in ("tasks", "out", "json") or value == field.default:
-            continue
-        many = value if isinstance(value, tuple) else (value,)
-        words += [f"--{field.name.replace('_', '-')}", *map(str, many)]
-    return shlex.join([*words, "--out", str(path)])

@@ -1,16 +1,20 @@
-"""What a result depends on beside its settings: hardware and versions."""
+"""What a result depends on beside its settings: the command, hardware and versions."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import shlex
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from .. import io
 
 
 def facts() -> dict[str, Any]:
@@ -35,6 +39,29 @@ def cpu_model() -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor() or platform.machine()
+
+
+def command(asked: Any, *words: str, out: Path) -> str:
+    """The words that ask for the same, in a given folder.
+
+    Args:
+        asked: a command, a dataclass.
+        words: its name and the values of its positional fields.
+        out: the folder.
+    """
+    line = ["adaptax", *words]
+    for field in dataclasses.fields(asked):
+        value = getattr(asked, field.name)
+        if field.name in ("tasks", "runs", "out", "json") or value == field.default:
+            continue
+        many = value if isinstance(value, tuple) else () if value is True else (value,)
+        line += [f"--{field.name.replace('_', '-')}", *map(str, many)]
+    return shlex.join([*line, "--out", str(out)])
+
+
+def keep(file: Path, result: Any) -> None:
+    """Keep a result as JSON, atomically."""
+    io.write_atomic(file, (dump(result) + "\n").encode())
 
 
 def dump(value: Any) -> str:

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from .. import report
 from ..learner import Meta
-from ..recipes import Experiment
+from ..recipes import ENVIRONMENTS, REGRESSIONS, Experiment
 from ..run import Run
 from ..task import Batch
 from ..tasks import images, sources
@@ -23,7 +22,7 @@ from ..tasks.sources import DataError
 from .commands import Evaluate, Predict
 from .facts import dump
 from .progress import scoring
-from .training import adapt_and_predict, consoles, experiment_in
+from .training import adapt_and_predict, consoles, experiment_in, show
 
 
 def evaluate(asked: Evaluate) -> None:
@@ -40,22 +39,25 @@ def evaluate(asked: Evaluate) -> None:
         how["episodes"] = asked.episodes
     if asked.steps is not None:
         how |= {"steps": asked.steps, "at": None}
-    episodes = how.get("episodes", experiment.evaluation.get("episodes", 600))
+    episodes = how.get("episodes", experiment.episodes)
     splits = experiment.splits(root, test=True)
     with scoring(asked.split, episodes, progress) as watch:
         scores = experiment.test(meta, splits, split=asked.split, watch=watch, **how)
     if asked.json:
         print(dump({**scores.to_json(), "run": asked.run, "meta_step": step}))
         return
-    out.print(report.report_table(scores, f"{asked.run}, meta-step {step:,}"))
-    out.print(report.summary(scores), soft_wrap=True)
+    show(scores, out, f"{asked.run}, meta-step {step:,}")
 
 
 def predict(asked: Predict) -> None:
     """`adaptax predict`."""
     experiment, meta, _, _ = load(asked.run)
-    if experiment.tasks == "sinusoid":
-        raise ValueError(f"{asked.run} was trained on sinusoids; predict wants a run on images")
+    if ("conv4" not in experiment.network and "mlp" not in experiment.network) or (
+        experiment.tasks in (*REGRESSIONS, *ENVIRONMENTS, "circles")
+    ):
+        raise ValueError(
+            f"{asked.run} was trained on {experiment.tasks}; predict wants a run on images"
+        )
     form = image_format(experiment, asked.invert)
     x, y, classes = _support(Path(asked.support), form, experiment.task["way"])
     names, queries = _decode(Path(asked.query), form)

@@ -8,8 +8,15 @@ from typing import Annotated, Any, TypeAlias
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-ALGORITHMS = ("maml", "fomaml", "anil", "meta-sgd", "maml++", "reptile", "pretrained")
-FAMILIES = ("sinusoid", "omniglot", "mini_imagenet", "glyphs", "folder")
+ALGORITHMS = (
+    "maml", "fomaml", "anil", "meta-sgd", "maml++", "reptile", "platipus", "bmaml", "emaml",
+    "leo", "pretrained", "class-mean", "ridge",
+)  # fmt: skip
+FAMILIES = (
+    "sinusoid", "omniglot", "mini_imagenet", "glyphs", "folder",
+    "sinusoid_or_line", "finite_sinusoids", "circles", "celeba", "fsmol", "embeddings",
+    "navigation", "bandit", "tabular_mdp",
+)  # fmt: skip
 
 
 def one(
@@ -53,4 +60,7 @@ Algorithm: TypeAlias = Positional[
 ]
 Family: TypeAlias = Positional[
     Annotated[str | None, one(str, "TASKS", "a task family", FAMILIES), _NONE]
+]
+Comparison: TypeAlias = Positional[
+    Annotated[str | None, one(str, "TASKS", "a task family", ("ambiguous", *FAMILIES)), _NONE]
 ]

@@ -67,13 +67,13 @@ def watching(title: str, steps: int, console: Console) -> Iterator[Watcher]:
 
 
 @contextmanager
-def scoring(title: str, episodes: int, console: Console) -> Iterator[Any]:
+def scoring(title: str, episodes: int, console: Console, unit: str = "episodes") -> Iterator[Any]:
     """The same for the episodes of a test: yields what `evaluate(watch=...)` calls."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("episodes"),
+        TextColumn(unit),
         console=console,
         transient=True,
         disable=not console.is_terminal,

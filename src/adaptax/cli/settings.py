@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..recipes import RECIPES, Experiment, Recipe, closest
+from ..recipes import (
+    CELLS,
+    ENVIRONMENTS,
+    RECIPES,
+    REGRESSIONS,
+    Experiment,
+    Recipe,
+    changed,
+    closest,
+)
+from ..tasks.embeddings import width
 from .commands import Train
+from .options import ALGORITHMS
+
+FIRST_ORDER = {
+    "reptile": "Reptile takes no second derivatives anyway; leave out --first-order",
+    "maml++": "MAML++ is of first order for a part of meta-training; instead of --first-order, use "
+    "--set learner.derivative_order_annealing=1",
+    "leo": "LEO differentiates through its inner loop; leave out --first-order",
+}
+"""What is said to those who ask for it."""
+
+PATHS = {
+    "folder": "a folder of images, a class a directory",
+    "embeddings": "a file that `adaptax embed` wrote",
+}
+"""Families that want a path, and what is there."""
 
 SECTIONS = ("task", "network", "learner", "outer", "evaluation", "test_task")
 
@@ -26,27 +50,33 @@ def experiment_of(asked: Train) -> Experiment:
             "name an algorithm and a task family (adaptax train maml sinusoid), or a run to go on "
             "with (adaptax train --resume RUN)"
         )
-    sinusoid = asked.tasks == "sinusoid"
-    if sinusoid and asked.way is not None:
-        raise ValueError("sinusoids are regressions and have no ways; leave out --way")
+    fixed = asked.tasks in ("sinusoid", *CELLS, *ENVIRONMENTS)
+    if fixed and asked.way is not None:
+        what = "are regressions and have no ways" if asked.tasks in REGRESSIONS else "have two ways"
+        what = "are of reinforcement learning" if asked.tasks in ENVIRONMENTS else what
+        raise ValueError(f"{asked.tasks} tasks {what}; leave out --way")
     way, shot = or_else(asked.way, 5), or_else(asked.shot, 1)
     experiment = with_path(closest(asked.algorithm, asked.tasks, way, shot), asked.path)
-    task = {"shot": asked.shot, "query": asked.query} if sinusoid else {"query": asked.query}
+    task = {"shot": asked.shot, "query": asked.query} if fixed else {"query": asked.query}
     learner: dict[str, Any] = {"inner_steps": asked.inner_steps, "eval_steps": asked.eval_steps}
     learner["inner_adam" if "inner_adam" in experiment.learner else "inner_lr"] = asked.inner_lr
     outer: dict[str, Any] = {}
-    if asked.algorithm in ("reptile", "maml++"):
+    if asked.algorithm == "ridge":
+        learner, outer = {}, {"adam": asked.outer_lr}
+        if any(value is not None for value in (asked.inner_lr, asked.inner_steps)):
+            raise ValueError("ridge regression takes no inner steps; leave out --inner-lr and "
+                             "--inner-steps")  # fmt: skip
+    elif asked.algorithm in ("reptile", "maml++", "leo"):
         # They have an outer optimizer of their own.
         learner["outer_lr"] = asked.outer_lr
         if asked.first_order:
-            raise ValueError(
-                "Reptile takes no second derivatives anyway; leave out --first-order"
-                if asked.algorithm == "reptile"
-                else "MAML++ is of first order for a part of meta-training; instead of "
-                "--first-order, use --set learner.derivative_order_annealing=1"
-            )
+            raise ValueError(FIRST_ORDER[asked.algorithm])
     else:
-        outer["adam"] = asked.outer_lr
+        if "trpo" in experiment.outer:
+            if asked.outer_lr is not None:
+                raise ValueError("TRPO has no step size; bound its KL by --set outer.trpo=0.01")
+        else:
+            outer["adam"] = asked.outer_lr
         if asked.first_order and asked.algorithm != "fomaml":
             learner["first_order"] = True
     changes: dict[str, Any] = {
@@ -54,7 +84,7 @@ def experiment_of(asked: Train) -> Experiment:
         "test_task": {n: v for n, v in task.items() if n in experiment.test_task},
         "learner": learner,
         "outer": outer,
-        "evaluation": {"episodes": asked.episodes},
+        "evaluation": {"goals" if asked.tasks in ENVIRONMENTS else "episodes": asked.episodes},
         "steps": asked.steps,
         "meta_batch": asked.meta_batch,
         "keep": asked.keep,
@@ -67,36 +97,40 @@ def experiment_of(asked: Train) -> Experiment:
     return with_settings(changed(experiment, changes), asked.set)
 
 
-def changed(experiment: Experiment, changes: dict[str, Any]) -> Experiment:
-    """The experiment with other values; what is `None` stays, sections are merged."""
-    new: dict[str, Any] = {}
-    for name, value in changes.items():
-        if isinstance(value, dict):
-            given = {n: v for n, v in value.items() if v is not None}
-            value = {**getattr(experiment, name), **given}
-        if value is not None:
-            new[name] = value
-    return dataclasses.replace(experiment, **new)
+def known(names: Iterable[str]) -> list[str]:
+    """The algorithms of these names, each once.
+
+    Raises:
+        ValueError: if one is none.
+    """
+    for name in names:
+        if name not in ALGORITHMS:
+            raise ValueError(f"{name!r} is no algorithm; there are {', '.join(ALGORITHMS)}")
+    return list(dict.fromkeys(names))
 
 
 def with_path(experiment: Experiment, path: str | None) -> Experiment:
-    """The experiment on the images at this path, if it is on a folder's.
+    """The experiment on the images or embeddings at this path, if it is on such.
 
     Raises:
+        FileNotFoundError: if there are no embeddings.
         ValueError: if the task family wants a path and has none, or the other way round.
     """
-    if experiment.tasks != "folder":
+    if experiment.tasks not in PATHS:
         if path is not None:
             raise ValueError(
-                f"--path names the images of the task family folder, not of {experiment.tasks}; "
-                "use --data-root for data sets"
+                f"--path is for the task families {' and '.join(PATHS)}, not for "
+                f"{experiment.tasks}; use --data-root for data sets"
             )
         return experiment
     if path is None:
-        raise ValueError("the task family folder wants --path, a folder of images, a class a "
-                         "directory")  # fmt: skip
-    where = str(Path(path).expanduser().resolve())
-    return dataclasses.replace(experiment, task={"path": where, **experiment.task})
+        raise ValueError(f"the task family {experiment.tasks} wants --path, "
+                         f"{PATHS[experiment.tasks]}")  # fmt: skip
+    where = Path(path).expanduser().resolve()
+    changes: dict[str, Any] = {"task": {"path": str(where)}}
+    if experiment.tasks == "embeddings":
+        changes["network"] = {"linear": width(where)}
+    return changed(experiment, changes)
 
 
 def with_settings(experiment: Experiment, settings: Iterable[str]) -> Experiment:

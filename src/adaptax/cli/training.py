@@ -18,17 +18,22 @@ from jaxtyping import Array, PyTree
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from .. import io, report
+from .. import report
 from ..evaluate import Report, predict
 from ..learner import Meta
-from ..recipes import TITLES, Experiment
+from ..recipes import CURVES, ENVIRONMENTS, IMAGES, TITLES, Experiment, changed
+from ..report import returns
+from ..rl import Returns
 from ..run import Run
 from ..task import Batch, Splits
 from . import settings
 from .app import Interrupted
 from .commands import RecipesRun, Train
-from .facts import dump, facts
+from .facts import dump, facts, keep
 from .progress import scoring, watching
+
+INIT = "init"
+"""Folder, in that of a run, of the run that it starts from."""
 
 VERSION = 1
 """Of config.json."""
@@ -71,6 +76,10 @@ def train(asked: Train) -> None:
         _resume(asked)
         return
     experiment = settings.experiment_of(asked)
+    path = Path(asked.run) if asked.run else free_folder(_name(experiment))
+    if asked.init_from is not None:
+        first = copy_start(Path(asked.init_from), path)
+        experiment = dataclasses.replace(experiment, init_from=first)
     config = new_config(
         experiment,
         data_root=asked.data_root,
@@ -79,7 +88,6 @@ def train(asked: Train) -> None:
         mapping=asked.mapping,
         fast_path="auto" if asked.fast_path else False,
     )
-    path = Path(asked.run) if asked.run else free_folder(_name(experiment))
     _train_and_test(config, path, resume=False, as_json=asked.json)
 
 
@@ -87,7 +95,7 @@ def run_recipe(asked: RecipesRun) -> None:
     """`adaptax recipes run`."""
     found = settings.recipe(asked.name)
     changes = {"seed": asked.seed, "steps": asked.steps}
-    experiment = settings.changed(found.experiment, changes)
+    experiment = changed(found.experiment, changes)
     config = new_config(experiment, data_root=asked.data_root)
     config |= {"recipe": found.name, "about": found.about, "paper": found.paper}
     path = Path(asked.run) if asked.run else Path("runs", found.name)
@@ -143,23 +151,38 @@ def fit(config: dict[str, Any], path: Path, resume: bool, go_on: str, console: C
     test = experiment.splits(config["data_root"], test=True) if experiment.test_task else splits
     title = f"{TITLES[experiment.algorithm]} on {experiment.tasks}"
     stop = f"interrupted, and saved in {path}; go on with: {go_on}"
-    with _nothing_half_written(run), watching(title, experiment.steps, console) as watch:
+    with nothing_half_written(run):
         if not resume:
             run.write_config(config)
-        else:
-            watch.start(max((record["step"] for record in run.metrics()), default=0))
-        how = {"validation": _validation(experiment), **config["training"]}
-        result = experiment.train(
-            splits, run, validate=splits.val, watch=watch, resume=resume, **how
-        )
+        start = _start(experiment, config, path, go_on, console)
+        resume = resume and run.checkpoint_file.exists()
+        with watching(title, experiment.steps, console) as watch:
+            if resume:
+                watch.start(max((record["step"] for record in run.metrics()), default=0))
+            how = {"validation": _validation(experiment), **config["training"]}
+            result = experiment.train(
+                splits, run, init_from=start, validate=splits.val, watch=watch, resume=resume, **how
+            )
     if result.stopped == "interrupted":
         raise Interrupted(f"{stop} (meta-step {result.step:,} of {experiment.steps:,})")
     with _afterwards(stop):
         tuned = experiment_in(config, path) if "tuned" in config else (
             experiment.tuned(result.meta, test))  # fmt: skip
+        if experiment.tune or experiment.tune_noise:
+            run.write_config({**config, "tuned": tuned.to_json()})
     return Trained(
         tuned, result.meta, result.kept, result.best_step, result.stopped, result.history, test
     )
+
+
+def _start(
+    experiment: Experiment, config: dict[str, Any], path: Path, go_on: str, console: Console
+) -> Meta:
+    """What the experiment that this one starts from learned: trained in the folder `init`."""
+    if not experiment.init_from:
+        return None
+    first = Experiment.from_json(experiment.init_from)
+    return fit_or_go_on(first, path / INIT, go_on, console, data_root=config["data_root"]).meta
 
 
 def fit_or_go_on(
@@ -185,32 +208,43 @@ def fit_or_go_on(
                 f"{path} holds a run with other settings; choose another folder with --out"
             )
         content, resume = before, True
-    trained = fit(content, path, resume, go_on, console)
-    if trained.experiment.tune:
-        Run(path).write_config({**content, "tuned": trained.experiment.to_json()})
-    return trained
+    return fit(content, path, resume, go_on, console)
 
 
-def pictures(trained: Trained, path: Path) -> list[str]:
-    """Write the plots of a run; returns their paths."""
+def pictures(trained: Trained, scores: Report | Returns, path: Path) -> list[str]:
+    """Write the plots of a run and its test scores; returns their paths."""
     experiment, learner = trained.experiment, trained.experiment.build_learner()
     key, figures = (
         jax.random.key(PICTURED),
         {"learning_curve": report.learning_curve(trained.history)},
     )
-    if experiment.tasks == "sinusoid":
-        steps = (0, 1, experiment.learner.get("eval_steps", 10))
+    if isinstance(scores, Returns):
+        figures |= _returns(trained, scores)
+    elif experiment.tasks in CURVES and experiment.eval_steps:
+        steps = (0, 1, experiment.eval_steps)
         figures["adaptation"] = report.adaptation(
             learner, trained.meta, trained.test.test, key=key, steps=steps,
             title=f"{TITLES[experiment.algorithm]}, {trained.test.test.describe()['shot']}-shot",
         )  # fmt: skip
-    else:
+    elif experiment.tasks in IMAGES:
         task = trained.test.test.sample(key)
         logits = adapt_and_predict(
             experiment, trained.meta, task.support, task.query.x, _transductive(experiment)
         )
         figures["episode"] = report.episode_sheet(task, logits)
     return [str(save_figure(figure, path / f"{name}.png")) for name, figure in figures.items()]
+
+
+def _returns(trained: Trained, found: Returns) -> dict[str, Figure]:
+    """Pictures of reinforcement learning."""
+    experiment, key = trained.experiment, jax.random.key(PICTURED)
+    tasks: Any = trained.test.test
+    figures = {"returns": returns.returns_by_step({TITLES[experiment.algorithm]: found})}
+    if experiment.tasks == "navigation":
+        figures["trajectories"] = returns.trajectories(
+            experiment.build_learner(), trained.meta, tasks, key=key
+        )
+    return figures
 
 
 def adapt_and_predict(
@@ -248,6 +282,34 @@ def consoles() -> tuple[Console, Console]:
     return Console(width=wide, highlight=False), Console(stderr=True, highlight=False)
 
 
+def copy_start(start: Path, path: Path) -> dict[str, Any]:
+    """Put a copy of a run into the folder of another, which starts from it.
+
+    Args:
+        start: folder of the run to start from.
+        path: folder of the new run.
+
+    Returns:
+        The experiment of the run, in JSON.
+
+    Raises:
+        FileNotFoundError: if there is no run.
+        ValueError: if it has no checkpoint, or the new folder exists.
+    """
+    run, copy = Run(start), path / INIT
+    config = run.config()
+    experiment_in(config, run.path)
+    if not run.checkpoint_file.exists():
+        raise ValueError(f"{start} has no checkpoint to start from; train it first")
+    if path.exists():
+        raise ValueError(f"{path} already exists; choose another folder for the new run")
+    copy.mkdir(parents=True)
+    for file in run.path.iterdir():
+        if file.is_file():
+            shutil.copy2(file, copy / file.name)
+    return config["experiment"]
+
+
 def _resume(asked: Train) -> None:
     mine = {"algorithm", "tasks", "resume", "data_root", "json"}
     for field in dataclasses.fields(Train):
@@ -274,12 +336,10 @@ def _train_and_test(config: dict[str, Any], path: Path, *, resume: bool, as_json
     out, progress = consoles()
     go_on = shlex.join(["adaptax", "train", "--resume", str(path)])
     trained = fit(config, path, resume, go_on, progress)
-    experiment, run = trained.experiment, Run(path)
+    experiment = trained.experiment
     with _afterwards(f"interrupted after training, which is saved in {path}; test with: {go_on}"):
-        if experiment.tune:
-            run.write_config({**config, "tuned": experiment.to_json()})
         reports = _test(trained, progress)
-        plots = pictures(trained, path)
+        plots = pictures(trained, reports["test"], path)
     result: dict[str, Any] = {
         **reports["test"].to_json(),
         "run": str(path),
@@ -298,13 +358,12 @@ def _train_and_test(config: dict[str, Any], path: Path, *, resume: bool, as_json
     for name, scores in reports.items():
         if name != "test":
             result[name] = scores.to_json()
-    io.write_atomic(path / "test.json", (dump(result) + "\n").encode())
+    keep(path / "test.json", result)
     if as_json:
         print(dump(result))
         return
     for name, scores in reports.items():
-        out.print(report.report_table(scores, name.replace("_", "-")))
-    out.print(report.summary(reports["test"]), soft_wrap=True)
+        show(scores, out, name.replace("_", "-"))
     if "paper" in config:
         out.print(f"paper: {config['paper']}", soft_wrap=True)
     out.print(
@@ -316,29 +375,49 @@ def _train_and_test(config: dict[str, Any], path: Path, *, resume: bool, as_json
               soft_wrap=True)  # fmt: skip
 
 
-def _test(trained: Trained, console: Console) -> dict[str, Report]:
+def show(scores: Report | Returns, out: Console, title: str) -> None:
+    """Print scores and the protocol that they belong to."""
+    if isinstance(scores, Returns):
+        out.print(report.returns_table({title: scores}))
+        out.print(report.protocol_line(scores.protocol), soft_wrap=True)
+        return
+    out.print(report.report_table(scores, title))
+    out.print(report.summary(scores), soft_wrap=True)
+
+
+def _test(trained: Trained, console: Console) -> dict[str, Report | Returns]:
     """Scores under the protocol: both ways to predict for Reptile, whose paper reports both, and
     beside the single model the ensemble of the best, if they are kept."""
     experiment = trained.experiment
     ways: dict[str, dict[str, Any]] = {"test": {}}
-    if experiment.algorithm == "reptile" and experiment.tasks != "sinusoid":
+    if experiment.algorithm == "reptile" and experiment.tasks in IMAGES:
         ways["non_transductive"] = {"transductive": False}
     if experiment.keep > 1:
         ways["ensemble"] = {"ensemble": True}
-    reports = {}
+    reports: dict[str, Report | Returns] = {}
     for name, how in ways.items():
-        episodes = experiment.evaluation.get("episodes", 600)
         meta = trained.kept if name == "ensemble" else trained.meta
-        with scoring(name.replace("_", "-"), episodes, console) as watch:
+        with scoring(name.replace("_", "-"), experiment.episodes, console) as watch:
             reports[name] = experiment.test(meta, trained.test, watch=watch, **how)
     return reports
 
 
 def _validation(experiment: Experiment) -> dict[str, Any]:
-    """How to validate: as in the test, but fewer episodes and the last step alone."""
-    steps = experiment.learner.get("eval_steps", experiment.learner.get("inner_steps", 1))
-    episodes = min(200, max(experiment.evaluation.get("episodes", 600) // 3, 2))
-    return {"episodes": episodes, "at": [steps], "transductive": _transductive(experiment)}
+    """How to validate: as in the test, but fewer episodes and the last step alone.
+
+    Policies are judged after as many gradient steps as they are trained for.
+    """
+    if experiment.tasks in ENVIRONMENTS:
+        how = {name: value for name, value in experiment.evaluation.items() if name != "lr"}
+        goals = min(how.get("goals", 40), 40)
+        return {**how, "goals": goals, "steps": max(experiment.eval_steps, 1)}
+    steps = experiment.eval_steps
+    episodes = min(200, max(experiment.episodes // 3, 2))
+    how = {name: experiment.evaluation[name] for name in ("noise", "select")
+           if name in experiment.evaluation}  # fmt: skip
+    return {
+        **how, "episodes": episodes, "at": [steps], "transductive": _transductive(experiment)
+    }  # fmt: skip
 
 
 def _transductive(experiment: Experiment) -> bool:
@@ -353,13 +432,13 @@ def _name(experiment: Experiment) -> str:
 
 
 @contextmanager
-def _nothing_half_written(run: Run) -> Iterator[None]:
+def nothing_half_written(run: Run) -> Iterator[None]:
     """Removes a folder that was made here and has no checkpoint yet, when something fails."""
     new = [path for path in (run.path, *run.path.parents) if not path.exists()]
     try:
         yield
     except BaseException:
-        if new and not run.checkpoint_file.exists():
+        if new and not run.checkpoint_file.exists() and not (run.path / INIT).exists():
             shutil.rmtree(run.path, ignore_errors=True)
             for parent in new[1:]:
                 if parent.is_dir() and not any(parent.iterdir()):

@@ -1,20 +1,47 @@
 """Named recipes: one for each cell of the papers' tables, and short versions for a CPU."""
 
 from .ablation import ROWS, ablated
+from .bayesian import CELLS, COMPARED_ON, compared, with_noise
 from .book import COMPARED, PAPER_CURVES, RECIPES, Recipe, closest, comparable
-from .experiment import ALGORITHMS, TASKS, TITLES, Experiment
+from .experiment import (
+    ALGORITHMS,
+    CURVES,
+    ENVIRONMENTS,
+    IMAGES,
+    REGRESSIONS,
+    TASKS,
+    TITLES,
+    Experiment,
+    changed,
+    demand,
+)
+from .reinforcement import COMPARED_IN, RETURNS, oracle, shortened
 
 __all__ = [
     "ALGORITHMS",
+    "CELLS",
     "COMPARED",
+    "COMPARED_IN",
+    "COMPARED_ON",
+    "CURVES",
+    "ENVIRONMENTS",
+    "IMAGES",
     "PAPER_CURVES",
     "RECIPES",
+    "REGRESSIONS",
+    "RETURNS",
     "ROWS",
     "TASKS",
     "TITLES",
     "Experiment",
     "Recipe",
     "ablated",
+    "changed",
     "closest",
     "comparable",
+    "compared",
+    "demand",
+    "oracle",
+    "shortened",
+    "with_noise",
 ]

@@ -15,7 +15,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from .experiment import Experiment
+from .bayesian import BAYESIAN, CELLS, adapted
+from .embedded import embedded
+from .experiment import ENVIRONMENTS, Experiment, demand
+from .reinforcement import reinforced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +235,21 @@ _FULL += [
         ("mini_imagenet", 5, 5, "68.32 ± .44", " (± over 3 seeds)"),
     )
 ]
+_FULL += [
+    Recipe(
+        f"leo-{data}-{way}w{shot}s",
+        f"LEO, {data}, {way}-way {shot}-shot, on embeddings of a wide residual network: a file of "
+        "`adaptax embed`, named by --path",
+        paper,
+        embedded("leo", way, shot, data),
+    )
+    for data, way, shot, paper in (
+        ("mini_imagenet", 5, 1, "61.76 ± 0.08 %, train and validation classes"),
+        ("mini_imagenet", 5, 5, "77.59 ± 0.12 %, train and validation classes"),
+        ("tiered_imagenet", 5, 1, "66.33 ± 0.05 %, train and validation classes"),
+        ("tiered_imagenet", 5, 5, "81.44 ± 0.09 %, train and validation classes"),
+    )
+]
 _BY_NAME = {recipe.name: recipe for recipe in _FULL}
 _STRIDED = {"down": "stride", "head": "mean"}
 """A cheaper network than with pooling: a quarter of the pixels in every block."""
@@ -312,9 +330,21 @@ def closest(algorithm: str, tasks: str, way: int = 5, shot: int = 1) -> Experime
     Args:
         algorithm: a name in `ALGORITHMS`.
         tasks: a name in `TASKS`.
-        way: classes an episode.
-        shot: support examples a class.
+        way: classes an episode, where that is free.
+        shot: support examples a class, likewise; families in `CELLS` come with their own.
+
+    Raises:
+        ValueError: for an algorithm that cannot do these tasks.
     """
+    demand(algorithm, tasks)
+    if tasks in ENVIRONMENTS:
+        return reinforced(algorithm, tasks)
+    if tasks in CELLS:
+        return adapted(algorithm, CELLS[tasks])
+    if tasks == "embeddings" and algorithm in ("leo", "class-mean", "maml"):
+        return embedded(algorithm, way, shot)
+    if algorithm in (*BAYESIAN, "ridge", "class-mean", "leo") or tasks == "embeddings":
+        return adapted(algorithm, closest("maml", tasks, way, shot))
     family = {"anil": "maml", "meta-sgd": "maml"}.get(algorithm, algorithm)
     if tasks == "sinusoid":
         family = "maml" if family == "maml++" else family
@@ -358,7 +388,8 @@ def comparable(
         seed: of training; the test episodes do not depend on it.
     """
     experiment = dataclasses.replace(closest(algorithm, tasks, way, shot), seed=seed)
-    if algorithm not in ("reptile", "maml++") or (algorithm, tasks) == ("maml++", "sinusoid"):
+    own = algorithm in ("reptile", "maml++") and tasks not in (*CELLS, *ENVIRONMENTS, "embeddings")
+    if not own or (algorithm, tasks) == ("maml++", "sinusoid"):
         return experiment
     if tasks == "sinusoid":
         base = _BY_NAME["maml-sinusoid"].experiment
@@ -374,8 +405,8 @@ def comparable(
         return dataclasses.replace(
             experiment, task=base.task, network=base.network, evaluation=base.evaluation
         )
-    own = {n: v for n, v in experiment.task.items() if n in ("train_shot", "train_query")}
-    return dataclasses.replace(experiment, task={**base.task, **own}, evaluation=base.evaluation)
+    more = {n: v for n, v in experiment.task.items() if n in ("train_shot", "train_query")}
+    return dataclasses.replace(experiment, task={**base.task, **more}, evaluation=base.evaluation)
 
 
 def _without_paper(experiment: Experiment) -> Experiment:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,17 +14,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .. import inner, io, losses, models, tasks, tree
+from .. import inner, io, losses, models, rl, tasks, tree
+from ..algorithms.baselines import NearestClassMean, RidgeRegression
+from ..algorithms.bmaml import BayesianMAML
 from ..algorithms.checkpoint_ensemble import CheckpointEnsemble
+from ..algorithms.gaussian import Gaussian, gamma_prior, gaussian_nll
+from ..algorithms.leo import LEO, LEORegression
 from ..algorithms.maml import ANIL, FOMAML, MAML, MetaSGD
+from ..algorithms.maml_ensemble import MAMLEnsemble
 from ..algorithms.maml_plus_plus import MAMLPlusPlus
+from ..algorithms.platipus import ProbabilisticMAML
 from ..algorithms.reptile import Reptile
-from ..evaluate import Evaluator, Report
+from ..evaluate import Evaluator
 from ..learner import Meta, MetaLearner
 from ..losses import Loss
 from ..run import Run
 from ..task import Model, Source, Splits
-from ..train import Result, best_of, fit, initial_state
+from ..train import Outer, Result, best_of, fit, initial_state
 
 
 def Pretrained(loss: Loss, inner_lr: inner.Rate = 0.01, **how: Any) -> MAML:
@@ -52,7 +59,13 @@ ALGORITHMS: dict[str, Callable[..., MetaLearner]] = {
     "meta-sgd": MetaSGD,
     "maml++": MAMLPlusPlus,
     "reptile": Reptile,
+    "platipus": ProbabilisticMAML,
+    "bmaml": BayesianMAML,
+    "emaml": MAMLEnsemble,
+    "leo": LEO,
     "pretrained": Pretrained,
+    "class-mean": NearestClassMean,
+    "ridge": RidgeRegression,
 }
 TITLES = {
     "maml": "MAML",
@@ -61,7 +74,13 @@ TITLES = {
     "meta-sgd": "Meta-SGD",
     "maml++": "MAML++",
     "reptile": "Reptile",
+    "platipus": "PLATIPUS",
+    "bmaml": "BMAML",
+    "emaml": "EMAML",
+    "leo": "LEO",
     "pretrained": "Pretrained",
+    "class-mean": "Nearest class mean",
+    "ridge": "Ridge",
 }
 """How reports and plots write the algorithms."""
 TASKS: dict[str, Callable[..., Splits]] = {
@@ -70,7 +89,72 @@ TASKS: dict[str, Callable[..., Splits]] = {
     "mini_imagenet": tasks.mini_imagenet,
     "glyphs": tasks.glyphs,
     "folder": tasks.folder,
+    "sinusoid_or_line": tasks.sinusoid_or_line,
+    "finite_sinusoids": tasks.finite_sinusoids,
+    "circles": tasks.circles,
+    "celeba": tasks.celeba,
+    "fsmol": tasks.fsmol,
+    "embeddings": tasks.embeddings,
+    "navigation": rl.navigation,
+    "bandit": rl.bandit,
+    "tabular_mdp": rl.tabular_mdp,
 }
+ENVIRONMENTS = ("navigation", "bandit", "tabular_mdp")
+"""Families of reinforcement learning."""
+REINFORCED = ("maml", "fomaml", "meta-sgd", "reptile", "pretrained")
+"""Algorithms that are tested on them."""
+CURVES = ("sinusoid", "sinusoid_or_line", "finite_sinusoids")
+"""Families of tasks that are functions of one variable."""
+REGRESSIONS = (*CURVES, "fsmol")
+"""Families whose targets are numbers."""
+IMAGES = ("omniglot", "mini_imagenet", "glyphs", "folder", "celeba")
+"""Families of images."""
+DOWNLOADED = ("omniglot", "mini_imagenet", "celeba", "fsmol")
+"""Families that are read from `data_root`."""
+INPUTS = {"circles": 2, "fsmol": 2048}
+"""Width of the inputs of families that are not images, if not 1."""
+LOSSES = {
+    "mse": losses.mse,
+    "normal": losses.normal,
+    "cross_entropy": losses.cross_entropy,
+    "gaussian": gaussian_nll,
+    **rl.OBJECTIVES,
+}
+
+
+def demand(algorithm: str, tasks: str) -> None:
+    """That an algorithm can do these tasks at all.
+
+    Args:
+        algorithm: a name in `ALGORITHMS`.
+        tasks: a name in `TASKS`.
+
+    Raises:
+        ValueError: if it cannot, and what can.
+    """
+    if tasks in ENVIRONMENTS and algorithm not in REINFORCED:
+        raise ValueError(
+            f"{tasks} tasks are of reinforcement learning, for {', '.join(REINFORCED)}, and not "
+            f"for {algorithm}"
+        )
+    if algorithm == "ridge" and tasks not in REGRESSIONS:
+        raise ValueError(
+            f"ridge regression is for numbers ({', '.join(REGRESSIONS)}), not for classes, as "
+            f"{tasks} has them; compare with class-mean or pretrained instead"
+        )
+    if algorithm == "class-mean" and (tasks in REGRESSIONS or tasks == "circles"):
+        raise ValueError(
+            "the nearest class mean is for classes that all have support, which "
+            f"{tasks} tasks are not; compare with pretrained instead"
+        )
+    if algorithm == "leo" and tasks not in (*CURVES, "embeddings"):
+        raise ValueError(
+            f"LEO generates linear classifiers of embeddings, or small regressors of "
+            f"{', '.join(CURVES)}, and nothing as large as a network for {tasks}; of images, "
+            "`adaptax pretrain` and `adaptax embed` make embeddings first"
+        )
+
+
 ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh}
 
 
@@ -82,17 +166,23 @@ class Experiment:
         algorithm: a name in `ALGORITHMS`.
         tasks: a name in `TASKS`.
         task: arguments of the task family: way, shot, query, ….
-        network: `{"mlp": [hidden…], …}` or `{"conv4": preset, …}`, with further arguments; an
-            activation by its name in `ACTIVATIONS`.
+        network: `{"mlp": [hidden…], …}`, `{"conv4": preset, …}`, `{"linear": width}` or, of
+            environments, `{"policy": [hidden…], …}`, with further arguments; an activation by
+            its name in `ACTIVATIONS`.
         learner: arguments of the learner; `inner_adam` stands for an inner rule, Adam without
-            momentum at that rate, and `reduction` for that of the loss.
+            momentum at that rate; `loss`, with `reduction` and `noise`, for a loss by its name in
+            `LOSSES`; and `adapt_only` for what is under a name, such as `"head"`.
         outer: the outer optimizer: `{"adam": rate, "clip": bound}`, either may be missing; the
-            learner's own if empty.
+            learner's own if empty; or `{"trpo": bound of the KL, …}`, with further arguments.
         steps: meta-steps.
         meta_batch: tasks a meta-step.
         evaluation: arguments of `evaluate`.
         test_task: arguments of the task family that differ in the test: `{"shot": 5}`.
         tune: step sizes of fine-tuning to choose from, after training, on validation tasks.
+        tune_noise: standard deviations to choose `evaluation["noise"]` from, likewise, by the
+            likelihood.
+        init_from: the experiment whose meta-parameters this one starts from, in JSON; none if
+            empty.
         keep: best checkpoints by validation to keep; with two or more their ensemble is scored
             beside the single model.
         seed: names the random stream.
@@ -109,6 +199,8 @@ class Experiment:
     evaluation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     test_task: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tune: Sequence[float] = dataclasses.field(default_factory=list)
+    tune_noise: Sequence[float] = dataclasses.field(default_factory=list)
+    init_from: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     keep: int = 1
     seed: int = 0
 
@@ -122,7 +214,7 @@ class Experiment:
 
     def to_json(self) -> dict[str, Any]:
         """The experiment as JSON values."""
-        return dataclasses.asdict(self)
+        return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Experiment:
@@ -143,7 +235,7 @@ class Experiment:
             ValueError: if the task family does not know an argument.
         """
         arguments = {**self.task, **(self.test_task if test else {})}
-        if data_root is not None and self.tasks in ("omniglot", "mini_imagenet"):
+        if data_root is not None and self.tasks in DOWNLOADED:
             arguments["data_root"] = data_root
         return _call(TASKS[self.tasks], arguments, f"the task family {self.tasks}")
 
@@ -154,19 +246,50 @@ class Experiment:
             ValueError: if the network does not know an argument.
         """
         network = {"key": jax.random.key(self.seed), **self.network}
+        gaussian = self.learner.get("loss") == "gaussian"
+        if "policy" in network:
+            environment: Any = self.splits().train
+            return _policy(environment.env, network)
+        if "linear" in network:
+            network = {"out_size": self.way or 1, **network}
+            network["in_size"] = network.pop("linear")
+            return _call(models.Linear, network, "the network")
         if "conv4" in network:
             preset = models.CONV4[network.pop("conv4")]
             if self.tasks == "folder":
                 side = self.task.get("image_size", 84)
                 preset = {**preset, "image": (side, side, self.task.get("channels", 3))}
-            network = {**preset, **network, "out": self.task["way"]}
+            network = {**preset, **network, "out": self.way or 1}
             network["image"] = tuple(network.get("image", (28, 28, 1)))
             return _call(models.Conv4, network, "the network")
-        network = {"in_size": 1, **network, "out_size": self.task.get("way", 1)}
+        size = INPUTS.get(self.tasks, 1)
+        network = {"in_size": size, **network, "out_size": self.way or 1}
         network["hidden"] = network.pop("mlp")
         if "activation" in network:
             network["activation"] = ACTIVATIONS[network["activation"]]
-        return _call(models.MLP, network, "the network")
+        net = _call(models.MLP, network, "the network")
+        return Gaussian(net) if gaussian else net
+
+    @property
+    def eval_steps(self) -> int:
+        """Steps that the learner adapts for in a test; 0 for those that take none."""
+        if self.algorithm in ("ridge", "class-mean"):
+            return 0
+        if self.algorithm == "leo":
+            return sum(self.learner.get(name, 5) for name in ("inner_steps", "finetune_steps"))
+        return self.learner.get("eval_steps", self.learner.get("inner_steps", 1))
+
+    @property
+    def episodes(self) -> int:
+        """Test episodes; of environments, goals."""
+        return self.evaluation.get("goals" if self.tasks in ENVIRONMENTS else "episodes", 600)
+
+    @property
+    def way(self) -> int | None:
+        """Classes of a task; `None` for regressions."""
+        if self.tasks in REGRESSIONS:
+            return None
+        return self.task.get("way", 2)
 
     def build_learner(self) -> MetaLearner:
         """The learner.
@@ -175,34 +298,74 @@ class Experiment:
             ValueError: if the algorithm does not know an argument.
         """
         arguments = dict(self.learner)
-        base = losses.mse if self.tasks == "sinusoid" else losses.cross_entropy
-        reduction = arguments.pop("reduction", "mean")
-        loss = base if reduction == "mean" else functools.partial(base, reduction=reduction)
+        usual = "mse" if self.way is None else "cross_entropy"
+        kind = arguments.pop("loss", "log_prob" if self.tasks in ENVIRONMENTS else usual)
+        if kind not in LOSSES:
+            raise ValueError(f"{kind!r} is no loss; there are {', '.join(LOSSES)}")
+        how = {name: arguments.pop(name) for name in ("reduction", "noise") if name in arguments}
+        loss = functools.partial(LOSSES[kind], **how) if how else LOSSES[kind]
+        if kind == "gaussian" and self.algorithm == "bmaml":
+            # The posterior of the paper; the chaser loss leaves the precisions out.
+            arguments["prior"] = gamma_prior
+            if arguments.get("objective", "chaser") == "chaser":
+                arguments["chase"] = tree.under("model")
         if "inner_adam" in arguments:
             arguments["inner_optimizer"] = inner.adam(arguments.pop("inner_adam"))
         if arguments.pop("adapt_everything", False):
             arguments["adapt_only"] = tree.every
-        return _call(
-            ALGORITHMS[self.algorithm], {"loss": loss, **arguments}, f"algorithm {self.algorithm}"
-        )
+        elif isinstance(arguments.get("adapt_only"), str):
+            arguments["adapt_only"] = tree.under(arguments["adapt_only"])
+        make = ALGORITHMS[self.algorithm]
+        if self.algorithm == "leo" and self.way is None:
+            make = LEORegression
+        if self.algorithm == "class-mean":
+            arguments = {"way": self.way, **arguments}
+        return _call(make, {"loss": loss, **arguments}, f"algorithm {self.algorithm}")
 
     def optimizer(self) -> optax.GradientTransformation | None:
         """The outer optimizer; `None` for the learner's own."""
-        if not self.outer:
+        if not self.outer or "trpo" in self.outer:
             return None
         clip = [optax.clip(self.outer["clip"])] if "clip" in self.outer else []
         return optax.chain(*clip, optax.adam(self.outer.get("adam", 1e-3)))
 
-    def train(self, splits: Splits, run: Run | None = None, **how: Any) -> Result:
-        """Meta-train; `how` are further arguments of `adaptax.fit`."""
+    def outer_step(self) -> Outer | None:
+        """The outer step of its own kind, `adaptax.rl.TRPO`; `None` for an optimizer's.
+
+        Raises:
+            ValueError: if it does not know an argument.
+        """
+        if "trpo" not in self.outer:
+            return None
+        arguments = dict(self.outer)
+        arguments["max_kl"] = arguments.pop("trpo")
+        return _call(rl.TRPO, arguments, "TRPO")
+
+    def train(
+        self, splits: Splits, run: Run | None = None, *, init_from: Meta = None, **how: Any
+    ) -> Result:
+        """Meta-train; `how` are further arguments of `adaptax.fit`.
+
+        Args:
+            splits: of the tasks.
+            run: where to keep it.
+            init_from: what the experiment `init_from` learned.
+
+        Raises:
+            ValueError: if there is such an experiment, and what it learned is not given.
+        """
+        if self.init_from and init_from is None:
+            raise ValueError("the experiment starts from another; train that first, and give its "
+                             "meta-parameters as init_from")  # fmt: skip
         return fit(
             self.build_learner(),
-            self.model(),
+            self.model() if init_from is None else init_from,
             splits.train,
             steps=self.steps,
             meta_batch=self.meta_batch,
             key=jax.random.key(self.seed),
             optimizer=self.optimizer(),
+            outer=self.outer_step(),
             keep=self.keep,
             run=run,
             **how,
@@ -210,28 +373,44 @@ class Experiment:
 
     def test(
         self, meta: Meta, splits: Splits, *, split: str = "test", ensemble: bool = False, **how: Any
-    ) -> Report:
-        """Score on a split; `how` overrides `evaluation`.
+    ) -> Any:
+        """A `Report` on a split, or `Returns` of environments; `how` overrides `evaluation`.
 
         With `ensemble`, `meta` are the checkpoints that were kept.
         """
         how = {**self.evaluation, **how}
         tasks = {"test": splits.test, "val": splits.val}[split]
+        if self.tasks in ENVIRONMENTS:
+            if how.get("episodes") is not None:
+                how["goals"] = how["episodes"]
+            known = ("goals", "steps", "trajectories", "lr", "batch")
+            how = {name: value for name, value in how.items() if name in known}
         learner = self.build_learner()
         learner = CheckpointEnsemble(learner.loss, learner) if ensemble else learner
+        judge = tasks.evaluator if hasattr(tasks, "evaluator") else _evaluator(tasks)
         # A stream apart from training's, and the same for every experiment.
-        report = Evaluator(learner, tasks, **how)(meta, key=jax.random.key(2**31))
+        report = judge(learner, **how)(meta, key=jax.random.key(2**31))
         protocol = {
             **report.protocol, "algorithm": TITLES[self.algorithm], "trained_on": "train"
         }  # fmt: skip
         return dataclasses.replace(report, protocol=protocol)
 
     def tuned(self, meta: Meta, splits: Splits) -> Experiment:
-        """The experiment with the step size of `tune` that does best on validation tasks."""
-        if not self.tune:
-            return self
+        """The experiment with the step size and the noise that do best on validation tasks."""
+        experiment = self._tuned_rate(meta, splits) if self.tune else self
+        return experiment._tuned_noise(meta, splits) if self.tune_noise else experiment
+
+    def _tuned_noise(self, meta: Meta, splits: Splits) -> Experiment:
+        how = {**self.evaluation, "episodes": 200, "at": None, "noise": self.tune_noise[0]}
+        judge = Evaluator(self.build_learner(), splits.val, **how)
+        key = jax.random.key(2**31)
+        scores = [judge(meta, key=key, noise=noise).mean("nll") for noise in self.tune_noise]
+        noise = self.tune_noise[scores.index(min(scores))]
+        return dataclasses.replace(self, evaluation={**self.evaluation, "noise": noise})
+
+    def _tuned_rate(self, meta: Meta, splits: Splits) -> Experiment:
         learner = self.build_learner()
-        how = {**self.evaluation, "episodes": 200, "at": [self.learner["eval_steps"]]}
+        how = {**self.evaluation, "episodes": 200, "at": [self.eval_steps]}
         judge = Evaluator(_AtRate(learner.loss, learner), splits.val, **how)
         key = jax.random.key(2**31)
         scores = [judge((meta, jnp.array(rate)), key=key).score for rate in self.tune]
@@ -253,13 +432,45 @@ class Experiment:
         """
         learner = self.build_learner()
         init_key = jax.random.split(jax.random.key(self.seed), 4)[2]
-        optimizer = self.optimizer() or learner.optimizer(self.steps)
-        state, fixed = initial_state(learner, self.model(), optimizer, init_key, self.keep)
+        outer = self.outer_step() or self.optimizer() or learner.optimizer(self.steps)
+        state, fixed = initial_state(learner, self.model(), outer, init_key, self.keep)
         state = io.load(run.checkpoint_file, state)
         best, step, score, kept = best_of(state, fixed)
         if not math.isfinite(score):
             best, step = eqx.combine(state.meta, fixed), int(state.step)
         return best, step, kept
+
+
+def changed(experiment: Experiment, changes: Mapping[str, Any]) -> Experiment:
+    """The experiment with other values; what is `None` stays, sections are merged.
+
+    Args:
+        experiment: to start from.
+        changes: values by the names of its fields; a mapping replaces single settings.
+    """
+    new: dict[str, Any] = {}
+    for name, value in changes.items():
+        if isinstance(value, Mapping):
+            given = {n: v for n, v in value.items() if v is not None}
+            value = {**getattr(experiment, name), **given}
+        if value is not None:
+            new[name] = value
+    return dataclasses.replace(experiment, **new)
+
+
+def _evaluator(tasks: TaskDistribution) -> Callable[..., Evaluator]:
+    return lambda learner, **how: Evaluator(learner, tasks, **how)
+
+
+def _policy(env: rl.Environment, network: dict[str, Any]) -> Model:
+    """A policy for an environment."""
+    kind = rl.CategoricalMLP if env.discrete else rl.GaussianMLP
+    sizes = {"observation_size": env.observation_size, "action_size": env.action_size}
+    network = {**sizes, **network, "hidden": network["policy"]}
+    network.pop("policy")
+    if "activation" in network:
+        network["activation"] = ACTIVATIONS[network["activation"]]
+    return _call(kind, network, "the policy")
 
 
 def _call(function: Callable[..., Any], arguments: Mapping[str, Any], what: str) -> Any:

@@ -2,7 +2,7 @@
 
 from .plots import ablation, comparison, learning_curve
 from .predictions import adaptation, adaptations, episode_sheet
-from .tables import comparison_table, number, report_table, summary
+from .tables import comparison_table, number, protocol_line, report_table, returns_table, summary
 
 __all__ = [
     "ablation",
@@ -13,6 +13,8 @@ __all__ = [
     "episode_sheet",
     "learning_curve",
     "number",
+    "protocol_line",
     "report_table",
+    "returns_table",
     "summary",
 ]

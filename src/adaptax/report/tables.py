@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from ..evaluate import Report
+from ..rl import Returns
 from .style import scale
 
 
@@ -60,9 +61,13 @@ def report_table(report: Report, title: str = "") -> Table:
 
 def summary(report: Report) -> str:
     """The protocol that the score belongs to, in one line."""
-    words = [f"{name} {_plain(value)}" for name, value in report.protocol.items()]
     bad = report.diverged()
-    return ", ".join(words) + (f"; {bad} episodes diverged" if bad else "")
+    return protocol_line(report.protocol) + (f"; {bad} episodes diverged" if bad else "")
+
+
+def protocol_line(protocol: Mapping[str, Any]) -> str:
+    """What numbers depend on, in one line."""
+    return ", ".join(f"{name} {_plain(value)}" for name, value in protocol.items())
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
@@ -89,6 +94,38 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Tabl
             for heading in headings
         ]
         table.add_row(row["name"], *cells, row["paper"], f"{row['seconds']:.0f} s")
+    return table
+
+
+def returns_table(
+    returns: Mapping[str, Returns],
+    title: str = "",
+    paper: Mapping[str, Mapping[int, float]] | None = None,
+) -> Table:
+    """A row for each learner: its return after every number of gradient steps.
+
+    Args:
+        returns: what `adaptax.rl.evaluate` answered, for each name.
+        title: of the table.
+        paper: published returns, `{name: {steps: return}}`.
+    """
+    paper = paper or {}
+    most = max(one.values.shape[1] for one in returns.values())
+    table = Table(title=title or None, title_justify="left")
+    table.add_column("learner")
+    for step in range(most):
+        table.add_column(f"{step} step{'s' * (step != 1)}", justify="right")
+    if paper:
+        table.add_column("paper")
+    for name, one in returns.items():
+        cells = [
+            f"{one.mean(step=step):.2f} ± {one.ci95(step=step):.2f}"
+            for step in range(one.values.shape[1])
+        ]
+        cells += [""] * (most - len(cells))
+        if paper:
+            cells.append(" / ".join(f"{value:g}" for value in paper.get(name, {}).values()))
+        table.add_row(name, *cells)
     return table
 
 

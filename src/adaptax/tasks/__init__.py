@@ -4,6 +4,7 @@ from adaptax.tasks.arrays import from_arrays
 from adaptax.tasks.attributes import AttributeTasks, StreamedAttributeTasks, score_readings
 from adaptax.tasks.celeba import celeba
 from adaptax.tasks.circles import Circles, circles
+from adaptax.tasks.embeddings import embeddings
 from adaptax.tasks.episodes import Episodes, StreamedEpisodes
 from adaptax.tasks.finite_sinusoids import FiniteSinusoids, finite_sinusoids
 from adaptax.tasks.folder import folder
@@ -28,6 +29,7 @@ __all__ = [
     "StreamedEpisodes",
     "celeba",
     "circles",
+    "embeddings",
     "finite_sinusoids",
     "folder",
     "from_arrays",

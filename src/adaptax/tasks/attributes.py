@@ -123,6 +123,15 @@ class AttributeTasks(TaskDistribution):
         """The attributes that each reading of the task asks for; not traceable."""
         return _readings(self.conjunctions[int(self.pools.which(key))])
 
+    def scores(
+        self, logits: Float[Array, "*particles n way"], labels: Int[Array, " n"]
+    ) -> dict[str, Float[Array, ""]]:
+        """What `evaluate` adds for ambiguous tasks: `readings`, `reading_accuracy`, `joint_nll`.
+
+        See `score_readings`; `readings` is its coverage.
+        """
+        return _scores(self, logits, labels)
+
     def describe(self) -> dict[str, Any]:
         """Name, shots, queries, readings, split, number of conjunctions and details."""
         return _describe(self)
@@ -155,6 +164,15 @@ class StreamedAttributeTasks(HostTaskDistribution):
     def readings(self, key: PRNGKeyArray) -> tuple[Conjunction, ...]:
         """The attributes that each reading of the task asks for; not traceable."""
         return _readings(self.conjunctions[int(self.pools.which(key))])
+
+    def scores(
+        self, logits: Float[Array, "*particles n way"], labels: Int[Array, " n"]
+    ) -> dict[str, Float[Array, ""]]:
+        """What `evaluate` adds for ambiguous tasks: `readings`, `reading_accuracy`, `joint_nll`.
+
+        See `score_readings`; `readings` is its coverage.
+        """
+        return _scores(self, logits, labels)
 
     def describe(self) -> dict[str, Any]:
         """Name, shots, queries, readings, split, number of conjunctions and details."""
@@ -190,6 +208,20 @@ def _describe(tasks: AttributeTasks | StreamedAttributeTasks) -> dict[str, Any]:
         "readings": len(_readings(tasks.conjunctions[0])),
         "conjunctions": len(tasks.conjunctions),
         **dict(tasks.details),
+    }
+
+
+def _scores(
+    tasks: AttributeTasks | StreamedAttributeTasks, logits: Array, labels: Array
+) -> dict[str, Float[Array, ""]]:
+    readings = len(_readings(tasks.conjunctions[0]))
+    if readings == 1:
+        return {}
+    found = score_readings(logits, labels, readings)
+    return {
+        "readings": found["coverage"],
+        "reading_accuracy": found["accuracy"],
+        "joint_nll": found["joint_nll"],
     }
 
 

@@ -85,6 +85,19 @@ class FSMol(TaskDistribution):
         """
         return self.assay(i % len(self.assays), key) if self.in_order else self.sample(key)
 
+    def scores(
+        self, predictions: Float[Array, "*particles n ways"], targets: Shaped[Array, "n ..."]
+    ) -> dict[str, Float[Array, ""]]:
+        """What `evaluate` adds: `r2 = 1 − Σ(y − f)² / Σ(y − ȳ)²`, f the mean prediction.
+
+        ȳ is the mean of the *support*, 0 in its units: what one would predict without looking at
+        molecules (R² out of sample). Only for targets that are standardised by the support.
+        """
+        if self.standardise != "support" or not jnp.issubdtype(targets.dtype, jnp.floating):
+            return {}
+        mean = predictions if predictions.ndim == targets.ndim else jnp.mean(predictions, axis=0)
+        return {"r2": 1 - jnp.sum((targets - mean) ** 2) / jnp.sum(targets**2)}
+
     def describe(self) -> dict[str, Any]:
         """Name, split, shots, queries, number of assays and details of the data."""
         return {

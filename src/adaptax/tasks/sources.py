@@ -61,11 +61,15 @@ def first_existing(candidates: Sequence[Path]) -> Path | None:
 
 
 @contextmanager
-def open_files(where: Path) -> Iterator[Files]:
+def open_files(where: Path, max_member: int | None = None) -> Iterator[Files]:
     """The files of a folder or zip archive, readable while the context is open.
 
     Nothing is extracted to disk, so a hostile archive has no path to escape by; one that tries
     is refused all the same.
+
+    Args:
+        where: the folder or archive.
+        max_member: largest file that is read from an archive, in bytes; 64 MiB if `None`.
 
     Raises:
         FileNotFoundError: if `where` does not exist.
@@ -83,7 +87,7 @@ def open_files(where: Path) -> Iterator[Files]:
             f"{where} is not a readable zip archive ({error}); delete it and fetch it again"
         ) from error
     with archive:
-        yield _archive(where, archive)
+        yield _archive(where, archive, max_member or MAX_MEMBER)
 
 
 def _folder(where: Path) -> Files:
@@ -101,7 +105,7 @@ def _folder(where: Path) -> Files:
     return Files(where, names, fingerprint, lambda name: (where / name).read_bytes())
 
 
-def _archive(where: Path, archive: zipfile.ZipFile) -> Files:
+def _archive(where: Path, archive: zipfile.ZipFile, max_member: int) -> Files:
     members = {}
     for info in archive.infolist():
         name = info.filename.replace("\\", "/")
@@ -116,9 +120,9 @@ def _archive(where: Path, archive: zipfile.ZipFile) -> Files:
 
     def read(name: str) -> bytes:
         info = members[name]
-        if info.file_size > MAX_MEMBER:
+        if info.file_size > max_member:
             raise DataError(
-                f"{where}: {name} unpacks to {info.file_size} bytes, more than the {MAX_MEMBER} "
+                f"{where}: {name} unpacks to {info.file_size} bytes, more than the {max_member} "
                 "that a member may have; remove it from the archive"
             )
         try:

@@ -1,0 +1,162 @@
+"""What there is without meta-learned weights: ridge regression and the nearest class mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ..learner import Functional, Meta, MetaLearner
+from ..losses import Loss, cross_entropy, mse
+from ..task import Model, Source, Task
+from .particles import nonempty
+
+
+class RidgeRegression(MetaLearner):
+    """Linear regression of a task's support with a penalty, the baseline of few-shot regression.
+
+        w = argmin ‖y − ȳ − (X − x̄) w‖² + λ ‖w‖²,   f(x) = (x − x̄) w + ȳ
+
+    in closed form. Only the penalty λ is meta-learned, by the gradient of the query loss. It is
+    solved among the n examples of the support, so inputs may be as wide as one likes.
+
+    Args:
+        loss: of the queries, in meta-training.
+        penalty: λ at the start, in squared units of the inputs.
+
+    Raises:
+        ValueError: if the penalty is not positive.
+    """
+
+    loss: Loss = eqx.field(static=True, default=mse)
+    penalty: float = eqx.field(static=True, default=1.0)
+
+    def __check_init__(self) -> None:
+        if not self.penalty > 0:
+            raise ValueError(f"penalty is above 0, not {self.penalty}")
+
+    def init(self, model: Model, *, key: PRNGKeyArray) -> Meta:
+        """`{"log_penalty": log λ}`; the model is not used, except to continue from this."""
+        if isinstance(model, dict) and "log_penalty" in model:
+            return model
+        return {"log_penalty": jnp.log(jnp.asarray(self.penalty, float))}
+
+    def adapt(self, meta: Meta, support: Source, *, key: PRNGKeyArray) -> Model:
+        """The linear model that fits the support.
+
+        Raises:
+            ValueError: if the targets are not numbers.
+        """
+        batch = nonempty(support, "support").draw(meta, key)
+        if not jnp.issubdtype(batch.y.dtype, jnp.floating):
+            raise ValueError(
+                f"ridge regression wants targets that are numbers, not {batch.y.dtype}; "
+                "for classes use another learner"
+            )
+        x, y = (a.reshape(len(a), -1) for a in (batch.x, batch.y))
+        centre, mean = jnp.mean(x, axis=0), jnp.mean(y, axis=0)
+        x = x - centre
+        gram = x @ x.T + jnp.exp(meta["log_penalty"]) * jnp.eye(len(x), dtype=x.dtype)
+        weight = x.T @ jax.scipy.linalg.solve(gram, y - mean, assume_a="pos")
+        return Functional((weight, mean - centre @ weight), _affine)
+
+    def meta_loss(
+        self, meta: Meta, task: Task, *, key: PRNGKeyArray, progress: float | Array = 1.0
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """The query loss, of λ alone; `log_penalty` is logged."""
+        return _query_loss(self, meta, task, key), meta
+
+    def optimizer(self, steps: int) -> optax.GradientTransformation:
+        """Adam, 0.05: one number, on a logarithmic scale."""
+        return optax.adam(0.05)
+
+    def describe(self) -> dict[str, Any]:
+        """The name."""
+        return {"algorithm": "ridge regression"}
+
+
+class NearestClassMean(MetaLearner):
+    """Classify by the nearest of the class means of the support: the baseline of LEO.
+
+        p(c | x) = softmax_c(−s ‖x − μ_c‖²),   μ_c the mean of the support of class c
+
+    Inputs are taken as they are, flattened: give it embeddings. Only the scale s, which no
+    prediction but how sure it is depends on, is meta-learned. A class without support is never
+    predicted.
+
+    Args:
+        loss: of the queries, in meta-training.
+        way: number of classes.
+        scale: s at the start, in inverse squared units of the inputs.
+
+    Raises:
+        ValueError: if scale or way are not positive.
+    """
+
+    loss: Loss = eqx.field(static=True, default=cross_entropy)
+    way: int = eqx.field(static=True, default=5)
+    scale: float = eqx.field(static=True, default=10.0)
+
+    def __check_init__(self) -> None:
+        if not (self.scale > 0 and self.way > 0):
+            raise ValueError(f"scale and way are above 0, not {self.scale} and {self.way}")
+
+    def init(self, model: Model, *, key: PRNGKeyArray) -> Meta:
+        """`{"log_scale": log s}`; the model is not used, except to continue from this."""
+        if isinstance(model, dict) and "log_scale" in model:
+            return model
+        return {"log_scale": jnp.log(jnp.asarray(self.scale, float))}
+
+    def adapt(self, meta: Meta, support: Source, *, key: PRNGKeyArray) -> Model:
+        """The classifier by distance to the class means of the support.
+
+        Raises:
+            ValueError: if the targets are not classes.
+        """
+        batch = nonempty(support, "support").draw(meta, key)
+        if not jnp.issubdtype(batch.y.dtype, jnp.integer):
+            raise ValueError(
+                f"the nearest class mean wants integer labels, not {batch.y.dtype}; for numbers "
+                "use another learner, such as RidgeRegression"
+            )
+        x = batch.x.reshape(len(batch.x), -1)
+        member = jax.nn.one_hot(batch.y, self.way, dtype=x.dtype)
+        count = jnp.sum(member, axis=0)
+        means = member.T @ x / jnp.maximum(count, 1)[:, None]
+        # −s‖x − μ‖² = 2s x·μ − s‖μ‖² + what all classes share.
+        scale = jnp.exp(meta["log_scale"])
+        bias = jnp.where(count > 0, -scale * jnp.sum(means**2, axis=1), -jnp.inf)
+        return Functional((2 * scale * means.T, bias), _affine)
+
+    def meta_loss(
+        self, meta: Meta, task: Task, *, key: PRNGKeyArray, progress: float | Array = 1.0
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """The query loss, of s alone; `log_scale` is logged."""
+        return _query_loss(self, meta, task, key), meta
+
+    def optimizer(self, steps: int) -> optax.GradientTransformation:
+        """Adam, 0.05: one number, on a logarithmic scale."""
+        return optax.adam(0.05)
+
+    def describe(self) -> dict[str, Any]:
+        """The name."""
+        return {"algorithm": "nearest class mean"}
+
+
+def _query_loss(
+    learner: MetaLearner, meta: Meta, task: Task, key: PRNGKeyArray
+) -> Float[Array, ""]:
+    """The loss of the adapted model on the task's queries."""
+    adapt_key, query_key = jax.random.split(key)
+    model = learner.adapt(meta, task.support, key=adapt_key)
+    return learner.loss(model, task.query.draw(model, query_key))
+
+
+def _affine(params: tuple[Array, Array], x: Array) -> Float[Array, "n out"]:
+    """`x W + b` of flattened inputs."""
+    weight, bias = params
+    return x.reshape(len(x), -1) @ weight + bias
