@@ -1,12 +1,18 @@
 import gzip
 import json
+import os
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
+from adaptax.cli import main
+from adaptax.cli.uncertainty import beyond
+from adaptax.evaluate import Report
+from adaptax.recipes import bayesian
 from adaptax.tasks import DataError, FSMol, assays, fsmol
 
 KEY = jax.random.key(6)
@@ -329,6 +335,45 @@ def test_nothing_there(tmp_path):
         fsmol(data_root=tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match=r"no FS-Mol under .* fetch https://figshare"):
         fsmol(data_root=tmp_path)
+
+
+def test_learners_are_compared_with_ridge_assay_by_assay(data, tmp_path, capsys, monkeypatch):
+    tiny = {
+        "task": {"query": 4, "train_query": 2},
+        "network": {"mlp": [4], "in_size": 64},
+        "steps": 2,
+        "meta_batch": 1,
+        "evaluation": {"episodes": 3},
+        "tune_noise": [1.0],
+    }
+    monkeypatch.setitem(bayesian.SHORT, "fsmol", tiny)
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
+    words = ["compare", "fsmol", "--algorithms", "maml", "ridge", "--shot", "3", "--steps", "2",
+             "--data-root", str(tmp_path), "--out", str(tmp_path / "out")]  # fmt: skip
+    assert main(words) == 0
+    assert "minus" in capsys.readouterr().out
+    maml, ridge = json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
+    assert ridge["r2_minus_ridge"] == {"mean": 0, "ci95": 0}
+    of = [row["scores"]["curve"][-1]["r2"] for row in (maml, ridge)]
+    assert maml["r2_minus_ridge"]["mean"] == pytest.approx(of[0] - of[1], abs=1e-6)
+    assert maml["r2_minus_ridge"]["ci95"] > 0
+
+
+def test_the_interval_of_a_difference_is_of_pairs():
+    easy = np.random.default_rng(0).normal(size=(50, 1))
+
+    def report(r2):
+        return Report({}, [None], {"r2": r2, "mse": r2}, None)
+
+    a, b = report(easy + 0.25), report(easy)
+    assert beyond(a, b) == (pytest.approx(0.25), pytest.approx(0, abs=1e-12))
+    assert a.ci95("r2") > 0.2
+    noisy = easy + np.random.default_rng(1).normal(size=(50, 1))
+    mean, half = beyond(report(noisy), b)
+    assert 1.96 * mean / half == pytest.approx(stats.ttest_rel(noisy, easy).statistic[0])
+    mean, half = beyond(report(easy[:1]), report(easy[:1]))
+    assert mean == 0
+    assert np.isnan(half)
 
 
 def test_real_assays(real_data):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from .. import report
+from .. import io, report
 from ..evaluate import Report
 from ..recipes import (
     COMPARED_ON,
@@ -72,6 +75,18 @@ class Entry:
     def score(self, metric: str) -> tuple[float, float]:
         """Mean and half the 95 % interval over test episodes, after the last step."""
         return self.report.mean(metric), self.report.ci95(metric)
+
+
+def beyond(one: Report, other: Report, metric: str = "r2") -> tuple[float, float]:
+    """Mean over test episodes of one learner's score less another's, and half the 95 % interval.
+
+    Both have the same episodes, so the interval is of pairs: narrower than either's own where some
+    episodes are hard for all.
+    """
+    gain = one.values[metric][:, -1] - other.values[metric][:, -1]
+    if len(gain) < 2:
+        return float(np.mean(gain)), math.nan
+    return float(np.mean(gain)), 1.96 * float(np.std(gain, ddof=1)) / math.sqrt(len(gain))
 
 
 def compare(asked: Compare) -> None:
@@ -149,6 +164,7 @@ def _finish(entries: list[Entry], asked: Compare, family: str, path: Path, out: 
                 "seconds": entry.trained.seconds,
                 "best_step": entry.trained.step,
                 "scores": entry.report.to_json(),
+                **_beyond_ridge(entry, entries),
                 "experiment": entry.trained.experiment.to_json(),
             }
             for entry in entries
@@ -169,17 +185,36 @@ def _finish(entries: list[Entry], asked: Compare, family: str, path: Path, out: 
     out.print(f"results: {path} (comparison.json, {names})", soft_wrap=True)
 
 
+def _ridge(entries: list[Entry]) -> Entry | None:
+    """The baseline, where it is among those compared and R² is a score."""
+    found = (e for e in entries if e.name == TITLES["ridge"] and "r2" in e.report.values)
+    return next(found, None)
+
+
+def _beyond_ridge(entry: Entry, entries: list[Entry]) -> dict[str, Any]:
+    """What the results say of an entry beside the baseline."""
+    ridge = _ridge(entries)
+    if ridge is None:
+        return {}
+    gain, half = beyond(entry.report, ridge.report)
+    return {"r2_minus_ridge": io.strict({"mean": gain, "ci95": half})}
+
+
 def _table(entries: list[Entry], title: str) -> Table:
     shown = [name for name in COLUMNS if name in entries[0].report.values]
     table = Table(title=title, title_justify="left")
     table.add_column("learner")
     for name in shown:
         table.add_column(COLUMNS[name], justify="right")
+    ridge = _ridge(entries)
+    if ridge is not None:
+        table.add_column("R² minus ridge's", justify="right")
     if entries[0].report.bins is not None:
         table.add_column("ECE", justify="right")
     table.add_column("trained in", justify="right")
     for entry in entries:
         cells = [number(name, *entry.score(name)) for name in shown]
+        cells += [number("r2", *beyond(entry.report, ridge.report))] if ridge is not None else []
         cells += [f"{entry.report.ece():.3f}"] if entry.report.bins is not None else []
         table.add_row(entry.name, *cells, f"{entry.trained.seconds:.0f} s")
     return table
