@@ -395,6 +395,10 @@ def test_recipes_list_and_show(capsys):
     text = capsys.readouterr().out
     assert '"inner_lr": 2.0' in text
     assert "RECIPES[" in text
+    assert main(["recipes", "show", "platipus-mini_imagenet-5w1s-short"]) == 0
+    text = capsys.readouterr().out
+    assert "first = start.train(" in text
+    assert "init_from=first.meta" in text
 
 
 def test_recipes_run(image_run, capsys, monkeypatch):

@@ -165,6 +165,25 @@ def test_maml_plus_plus_tables(data, way, shot, rate, annealed, meta_batch, filt
     assert model.blocks[0][1].scale is not None
 
 
+def test_bayesian_tables():
+    """MAML's cell, but for what the algorithms change."""
+    maml = RECIPES["maml-mini_imagenet-5w1s"].experiment
+    for algorithm, printed in (("platipus", "50.13 ± 1.86"), ("bmaml", "53.8 %")):
+        name = f"{algorithm}-mini_imagenet-5w1s"
+        experiment, _, learner = cell(name)
+        assert printed in RECIPES[name].paper
+        for of in ("task", "network", "outer", "steps", "meta_batch", "evaluation"):
+            assert getattr(experiment, of) == getattr(maml, of)
+        assert (learner["inner_steps"], learner["eval_steps"]) == (5, 10)
+        assert experiment == closest(algorithm, "mini_imagenet")
+    platipus, bmaml = (cell(f"{a}-mini_imagenet-5w1s")[2] for a in ("platipus", "bmaml"))
+    assert (platipus["inner_lr"], platipus["samples"], platipus["kl_weight"]) == (0.05, 10, 0.1)
+    assert (bmaml["particles"], bmaml["objective"], bmaml["adapt_only"]) == (10, "bfa", "head")
+    short = RECIPES["platipus-mini_imagenet-5w1s-short"].experiment
+    first = Experiment.from_json(short.init_from)
+    assert (first.algorithm, first.task, first.network) == ("maml", short.task, short.network)
+
+
 def test_the_rows_of_the_ablation():
     experiments = {row: ablated(row, "omniglot", 20, 1) for row in ROWS}
     learners = {row: experiment.build_learner() for row, experiment in experiments.items()}

@@ -46,13 +46,22 @@ def show(name: str, as_json: bool) -> None:
 
 def python(found: Recipe) -> str:
     """A script that trains and tests the recipe."""
+    start: list[str] = []
+    imports, given = "RECIPES", ""
+    if found.experiment.init_from:
+        imports, given = "RECIPES, Experiment", ", init_from=first.meta"
+        start = [
+            "start = Experiment.from_json(experiment.init_from)",
+            "first = start.train(splits, validate=splits.val)",
+        ]
     return "\n".join(
         [
-            "from adaptax.recipes import RECIPES",
+            f"from adaptax.recipes import {imports}",
             "",
             f'experiment = RECIPES["{found.name}"].experiment',
             "splits = experiment.splits()",
-            "result = experiment.train(splits, validate=splits.val)",
+            *start,
+            f"result = experiment.train(splits, validate=splits.val{given})",
             "print(experiment.test(result.meta, experiment.splits(test=True)))",
         ]
     )
