@@ -6,6 +6,8 @@ import pytest
 
 from adaptax.cli import main
 from adaptax.recipes import RETURNS, reinforcement
+from adaptax.rl import locomotion
+from gliders import GLIDER
 
 SMALL = ["--set", "task.trajectories=2", "--set", "task.horizon=5", "--set", "network.policy=[4]",
          "--set", "evaluation.trajectories=2", "--episodes", "3", "--steps", "2",
@@ -53,19 +55,75 @@ def test_compare_has_baselines_and_the_papers_numbers(here, capsys, monkeypatch)
         "meta_batch": 2, "evaluation": {"goals": 3, "trajectories": 2},
     }  # fmt: skip
     monkeypatch.setitem(reinforcement.SHORT, "navigation", tiny)
-    assert main(["compare", "navigation", "--algorithms", "maml", "--out", "both"]) == 0
+    assert main(["compare", "navigation", "--algorithms", "maml", "bmaml", "--out", "both"]) == 0
     text = capsys.readouterr().out
     assert all(word in text for word in ("Random policy", "Oracle", "-40.41 / -11.68"))
     rows = json.loads((here / "both" / "comparison.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["MAML", "Oracle", "Random policy"]
-    assert [len(row["curve"]) for row in rows] == [4, 1, 4]
+    assert [row["name"] for row in rows] == ["MAML", "BMAML", "Oracle", "Random policy"]
+    assert [len(row["curve"]) for row in rows] == [4, 4, 1, 4]
+    assert rows[1]["protocol"]["particles"] == 5
+    assert rows[1]["experiment"]["outer"] == {"trpo": 0.01, "each": False, "curvature": 0.25}
     assert rows[0]["paper"] == {str(k): v for k, v in RETURNS["navigation"]["MAML"].items()}
+
+
+def test_policies_of_bmaml_have_a_trust_region_each(here, capsys):
+    words = ["train", "bmaml", "navigation", *SMALL, "--set", "learner.particles=2"]
+    assert main([*words, "--run", "several"]) == 0
+    config = json.loads((here / "several" / "config.json").read_text())["experiment"]
+    assert config["outer"] == {"trpo": 0.01, "each": True}
+    result = json.loads((here / "several" / "test.json").read_text())
+    assert result["protocol"]["particles"] == 2
+    assert result["protocol"]["return"] == "mean over particles"
+    assert (here / "several" / "trajectories.png").exists()
+    capsys.readouterr()
+    assert main(["evaluate", "several", "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["curve"] == result["curve"]
+
+
+@pytest.fixture
+def glider(monkeypatch):
+    """A body whose motion is known, in the place of brax's."""
+    monkeypatch.setattr(locomotion, "_made", lambda name, backend: GLIDER)
+
+
+def test_locomotion_is_trained_resumed_and_drawn(here, glider, capsys, monkeypatch):
+    words = ["train", "maml", "half_cheetah", *SMALL, "--run", "run"]
+    assert main(words) == 0
+    result = json.loads((here / "run" / "test.json").read_text())
+    assert result["protocol"]["tasks"] == "Locomotion"
+    assert (here / "run" / "frames.png").exists()
+    assert main(["train", "--resume", "run"]) == 0
+    assert json.loads((here / "run" / "test.json").read_text())["curve"] == result["curve"]
+    assert main(["evaluate", "run", "--steps", "1"]) == 0
+    tiny = {**reinforcement.SHORT["ant"], "task": {"trajectories": 2, "horizon": 3}, "steps": 1,
+            "network": {"policy": [4]}, "evaluation": {"goals": 2, "trajectories": 2}}  # fmt: skip
+    monkeypatch.setitem(reinforcement.SHORT, "ant", tiny)
+    assert main(["compare", "ant", "--algorithms", "maml", "--out", "both"]) == 0
+    found = json.loads((here / "both" / "comparison.json").read_text())
+    assert [row["name"] for row in found["rows"]] == ["MAML", "Random policy"]
+    assert [row["paper"] for row in found["rows"]] == [{}, {}]
+    assert any(plot.endswith("frames.png") for plot in found["plots"])
+
+
+def test_locomotion_without_brax(here, capsys, monkeypatch):
+    def missing(name, backend):
+        raise ModuleNotFoundError("rl.Locomotion needs brax, which is not installed; pip install")
+
+    monkeypatch.setattr(locomotion, "_made", missing)
+    for words in (["train", "maml", "ant"], ["compare", "half_cheetah"]):
+        assert main(words) == 2
+        assert "needs brax" in capsys.readouterr().err
+    assert not list(here.iterdir())
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["train", "bmaml", "bandit"], "reinforcement"),
+        (["train", "platipus", "bandit"], "reinforcement"),
+        (["train", "bmaml", "navigation", "--set", "learner.kernel=flat"], "kernel"),
+        (["train", "bmaml", "navigation", "--eval-steps", "3"], "eval_steps"),
+        (["train", "maml", "navigation", "--set", "outer.each=true"], "BayesianMAML"),
         (["train", "maml", "navigation", "--way", "5"], "--way"),
         (["train", "maml", "navigation", "--outer-lr", "1"], "TRPO"),
         (["train", "maml", "navigation", "--set", "task.horizon=0"], "horizon"),

@@ -76,7 +76,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # such as `adaptax recipes list | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - so that closing it does not complain
         return 0
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         if os.environ.get("ADAPTAX_DEBUG"):
             raise
         _say(f"error: {_sentence(error)}")

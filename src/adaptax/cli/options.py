@@ -15,7 +15,7 @@ ALGORITHMS = (
 FAMILIES = (
     "sinusoid", "omniglot", "mini_imagenet", "glyphs", "folder",
     "sinusoid_or_line", "finite_sinusoids", "circles", "celeba", "fsmol", "embeddings",
-    "navigation", "bandit", "tabular_mdp",
+    "navigation", "bandit", "tabular_mdp", "half_cheetah", "ant",
 )  # fmt: skip
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 
 from ..recipes import (
@@ -23,7 +22,7 @@ from . import settings
 from .app import Interrupted
 from .commands import Compare
 from .facts import command, dump, facts, keep
-from .training import PICTURED, Trained, consoles, fit_or_go_on, free_folder, save_figure
+from .training import Trained, behaviour, consoles, fit_or_go_on, free_folder, save_figure
 
 RANDOM, ORACLE = "Random policy", "Oracle"
 
@@ -40,7 +39,7 @@ def compare(asked: Compare) -> None:
         for name, experiment in experiments.items():
             trained[name] = fit_or_go_on(
                 experiment, path / name.lower(), go_on, progress, data_root=None,
-                validate_every=max(experiment.steps // 10, 1),
+                validate_every=max(experiment.steps // 20, 1),
             )  # fmt: skip
         found = {
             TITLES.get(name, name): one.experiment.test(one.meta, one.test)
@@ -76,13 +75,7 @@ def _finish(
     goals = next(iter(found.values())).protocol["goals"]
     title = f"{tasks}, return by gradient step, {goals} test tasks"
     figures = {"returns": returns.returns_by_step(found, paper=paper, title=title)}
-    first = next(iter(trained.values()))
-    distribution: Any = first.test.test
-    if tasks == "navigation":
-        figures["trajectories"] = returns.trajectories(
-            first.experiment.build_learner(), first.meta, distribution,
-            key=jax.random.key(PICTURED),
-        )  # fmt: skip
+    figures |= behaviour(next(iter(trained.values())))
     plots = [save_figure(figure, path / f"{name}.png") for name, figure in figures.items()]
     by_title = {TITLES.get(name, name): one for name, one in trained.items()}
     rows: list[dict[str, Any]] = []

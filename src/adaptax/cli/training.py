@@ -21,8 +21,8 @@ from rich.console import Console
 from .. import report
 from ..evaluate import Report, predict
 from ..learner import Meta
-from ..recipes import CURVES, ENVIRONMENTS, IMAGES, TITLES, Experiment, changed
-from ..report import returns
+from ..recipes import BODIES, CURVES, ENVIRONMENTS, IMAGES, TITLES, Experiment, changed
+from ..report import frames, returns
 from ..rl import Returns
 from ..run import Run
 from ..task import Batch, Splits
@@ -237,14 +237,21 @@ def pictures(trained: Trained, scores: Report | Returns, path: Path) -> list[str
 
 def _returns(trained: Trained, found: Returns) -> dict[str, Figure]:
     """Pictures of reinforcement learning."""
-    experiment, key = trained.experiment, jax.random.key(PICTURED)
+    title = TITLES[trained.experiment.algorithm]
+    return {"returns": returns.returns_by_step({title: found}), **behaviour(trained)}
+
+
+def behaviour(trained: Trained) -> dict[str, Figure]:
+    """What policies do before and after adaptation, where that can be drawn."""
     tasks: Any = trained.test.test
-    figures = {"returns": returns.returns_by_step({TITLES[experiment.algorithm]: found})}
-    if experiment.tasks == "navigation":
-        figures["trajectories"] = returns.trajectories(
-            experiment.build_learner(), trained.meta, tasks, key=key
-        )
-    return figures
+    draw = {"navigation": returns.trajectories, **dict.fromkeys(BODIES, frames.frames)}
+    name = trained.experiment.tasks
+    if name not in draw:
+        return {}
+    figure = draw[name](
+        trained.experiment.build_learner(), trained.meta, tasks, key=jax.random.key(PICTURED)
+    )
+    return {"trajectories" if name == "navigation" else "frames": figure}
 
 
 def adapt_and_predict(
@@ -403,14 +410,11 @@ def _test(trained: Trained, console: Console) -> dict[str, Report | Returns]:
 
 
 def _validation(experiment: Experiment) -> dict[str, Any]:
-    """How to validate: as in the test, but fewer episodes and the last step alone.
-
-    Policies are judged after as many gradient steps as they are trained for.
-    """
+    """How to validate: as in the test, but fewer episodes and the last step alone."""
     if experiment.tasks in ENVIRONMENTS:
-        how = {name: value for name, value in experiment.evaluation.items() if name != "lr"}
-        goals = min(how.get("goals", 40), 40)
-        return {**how, "goals": goals, "steps": max(experiment.eval_steps, 1)}
+        how = dict(experiment.evaluation)
+        most = 8 if experiment.tasks in BODIES else 40
+        return {**how, "goals": min(how.get("goals", 40), most)}
     steps = experiment.eval_steps
     episodes = min(200, max(experiment.episodes // 3, 2))
     how = {name: experiment.evaluation[name] for name in ("noise", "select")

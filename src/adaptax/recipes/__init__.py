@@ -15,10 +15,11 @@ from .experiment import (
     changed,
     demand,
 )
-from .reinforcement import COMPARED_IN, RETURNS, oracle, shortened
+from .reinforcement import BODIES, COMPARED_IN, RETURNS, oracle, shortened
 
 __all__ = [
     "ALGORITHMS",
+    "BODIES",
     "CELLS",
     "COMPARED",
     "COMPARED_IN",

@@ -18,7 +18,7 @@ from typing import Any
 from .bayesian import BAYESIAN, CELLS, adapted
 from .embedded import embedded
 from .experiment import ENVIRONMENTS, Experiment, changed, demand
-from .reinforcement import reinforced
+from .reinforcement import named, reinforced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,7 +343,9 @@ _SHORT = [
     ),
 ]  # fmt: skip
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*_FULL, *_SHORT)}
+_ACTING = [Recipe(*one) for one in named()]
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*_FULL, *_SHORT, *_ACTING)}
 """All recipes by name."""
 
 PAPER_CURVES: dict[str, dict[int, float]] = {

@@ -98,10 +98,12 @@ TASKS: dict[str, Callable[..., Splits]] = {
     "navigation": rl.navigation,
     "bandit": rl.bandit,
     "tabular_mdp": rl.tabular_mdp,
+    "half_cheetah": rl.half_cheetah,
+    "ant": rl.ant,
 }
-ENVIRONMENTS = ("navigation", "bandit", "tabular_mdp")
+ENVIRONMENTS = ("navigation", "bandit", "tabular_mdp", "half_cheetah", "ant")
 """Families of reinforcement learning."""
-REINFORCED = ("maml", "fomaml", "meta-sgd", "reptile", "pretrained")
+REINFORCED = ("maml", "fomaml", "meta-sgd", "reptile", "bmaml", "pretrained")
 """Algorithms that are tested on them."""
 CURVES = ("sinusoid", "sinusoid_or_line", "finite_sinusoids")
 """Families of tasks that are functions of one variable."""
@@ -115,6 +117,7 @@ INPUTS = {"circles": 2, "fsmol": 2048}
 """Width of the inputs of families that are not images, if not 1."""
 LOSSES = {
     "mse": losses.mse,
+    "relative_mse": losses.relative_mse,
     "normal": losses.normal,
     "cross_entropy": losses.cross_entropy,
     "gaussian": gaussian_nll,
@@ -173,7 +176,8 @@ class Experiment:
             momentum at that rate; `loss`, with `reduction` and `noise`, for a loss by its name in
             `LOSSES`; and `adapt_only` for what is under a name, such as `"head"`.
         outer: the outer optimizer: `{"adam": rate, "clip": bound}`, either may be missing; the
-            learner's own if empty; or `{"trpo": bound of the KL, …}`, with further arguments.
+            learner's own if empty; or `{"trpo": bound of the KL, …}`, with further arguments, and
+            `"each": True` for a trust region of each of several policies.
         steps: meta-steps.
         meta_batch: tasks a meta-step.
         evaluation: arguments of `evaluate`.
@@ -316,6 +320,12 @@ class Experiment:
         elif isinstance(arguments.get("adapt_only"), str):
             arguments["adapt_only"] = tree.under(arguments["adapt_only"])
         make = ALGORITHMS[self.algorithm]
+        if self.algorithm == "bmaml" and self.tasks in ENVIRONMENTS:
+            make = rl.BayesianMAML
+            kernel = arguments.get("kernel", "code")
+            if kernel not in rl.KERNELS:
+                raise ValueError(f"{kernel!r} is no kernel; there are {', '.join(rl.KERNELS)}")
+            arguments["kernel"] = rl.KERNELS[kernel]
         if self.algorithm == "leo" and self.way is None:
             make = LEORegression
         if self.algorithm == "class-mean":
@@ -330,7 +340,8 @@ class Experiment:
         return optax.chain(*clip, optax.adam(self.outer.get("adam", 1e-3)))
 
     def outer_step(self) -> Outer | None:
-        """The outer step of its own kind, `adaptax.rl.TRPO`; `None` for an optimizer's.
+        """The outer step of its own kind, `adaptax.rl.TRPO` or `ParticleTRPO`; `None` for an
+        optimizer's.
 
         Raises:
             ValueError: if it does not know an argument.
@@ -338,8 +349,9 @@ class Experiment:
         if "trpo" not in self.outer:
             return None
         arguments = dict(self.outer)
-        arguments["max_kl"] = arguments.pop("trpo")
-        return _call(rl.TRPO, arguments, "TRPO")
+        arguments["max_kl"], each = arguments.pop("trpo"), arguments.pop("each", False)
+        step = _call(rl.TRPO, arguments, "TRPO")
+        return rl.ParticleTRPO(step) if each else step
 
     def train(
         self, splits: Splits, run: Run | None = None, *, init_from: Meta = None, **how: Any

@@ -19,6 +19,21 @@ RETURNS: dict[str, dict[str, dict[int, float]]] = {
 }
 """Average returns by gradient steps that MAML's paper and its plotted data have."""
 
+
+def _locomotion(robot: str, goal: str, trajectories: int = 20) -> Experiment:
+    return Experiment(
+        algorithm="maml",
+        tasks=robot,
+        task={"goal": goal, "trajectories": trajectories, "horizon": 200},
+        network={"policy": [100, 100]},
+        learner={"inner_lr": 0.1, "inner_steps": 1},
+        outer={"trpo": 0.01},
+        steps=500,
+        meta_batch=40,
+        evaluation={**_EVALUATION, "trajectories": trajectories},
+    )
+
+
 CELLS: dict[str, Experiment] = {
     # The paper's settings; the distance reward is that of its numbers.
     "navigation": Experiment(
@@ -54,8 +69,13 @@ CELLS: dict[str, Experiment] = {
         meta_batch=40,
         evaluation={"goals": 400, "steps": 3, "trajectories": 20},
     ),
+    "half_cheetah": _locomotion("half_cheetah", "direction"),
+    "ant": _locomotion("ant", "direction", trajectories=40),
 }
 """MAML on every family of environments."""
+
+BODIES = ("half_cheetah", "ant")
+"""Those of brax."""
 
 
 def reinforced(algorithm: str, tasks: str) -> Experiment:
@@ -75,7 +95,70 @@ def reinforced(algorithm: str, tasks: str) -> Experiment:
             # Its meta-loss is a distance, which TRPO has no use for.
             learner = {"inner_lr": learner["inner_lr"], "inner_steps": 3, "outer_lr": 0.1}
             outer = {}
+        case "bmaml":
+            return changed(maml, _SVPG_ON_BODIES if tasks in BODIES else _SVPG)
     return dataclasses.replace(maml, algorithm=algorithm, learner=learner, outer=outer)
+
+
+_SVPG: dict[str, Any] = {
+    "algorithm": "bmaml",
+    "task": {"trajectories": 10},
+    "learner": {"particles": 5, "kernel": "code"},
+    "outer": {"each": True},
+    "steps": 100,
+}
+_SVPG_ON_BODIES: dict[str, Any] = {
+    "algorithm": "bmaml",
+    "learner": {"particles": 2, "kernel": "code"},
+    "outer": {"each": True},
+    "steps": 300,
+}
+"""What BMAML's code for reinforcement learning has otherwise than MAML's: SVPG-TRPO."""
+
+_OTHER_PHYSICS = "returns of MuJoCo 1.31, not to be compared with"
+
+
+def named() -> list[tuple[str, str, str, Experiment]]:
+    """Recipes: name, what it is, the published numbers, and the experiment."""
+    navigation, cheetah = CELLS["navigation"], CELLS["half_cheetah"]
+    points = "returns -40.41 / -11.68 / -3.33 / -3.23 after 0 / 1 / 2 / 3 steps (40 goals)"
+    about = "MAML-TRPO, 2-D navigation, reward of the distance"
+    script = {
+        "learner": {"inner_lr": 0.5}, "meta_batch": 40, "steps": 100,
+        "evaluation": {"lr": [0.5, 0.25]},
+    }  # fmt: skip
+    runs = "MAML-TRPO, half-cheetah in brax, forwards or backwards"
+    away = f"-50.7 / 293.2 / 313.5 / 315.7; {_OTHER_PHYSICS}"
+    return [
+        ("maml-navigation", about, points, navigation),
+        (
+            "maml-navigation-script",
+            f"{about}, as in the released script: steps of 0.5, then 0.25, 40 tasks, 100 "
+            "meta-iterations", points, changed(navigation, script),
+        ),
+        (
+            "bmaml-navigation", "BMAML (SVPG-TRPO), 2-D navigation, a trust region for each of 5 "
+            "policies", "plots only", reinforced("bmaml", "navigation"),
+        ),
+        ("maml-half_cheetah-direction", runs, away, cheetah),
+        (
+            "maml-half_cheetah-direction-short", f"{runs}, for two CPU cores: {_SHORT_RUN}",
+            away, changed(cheetah, SHORT["half_cheetah"]),
+        ),
+        (
+            "maml-half_cheetah-velocity", "MAML-TRPO, half-cheetah in brax at a velocity up to 2",
+            f"-129.5 / -78.6 / -66.6 / -60.8; {_OTHER_PHYSICS}",
+            _locomotion("half_cheetah", "velocity"),
+        ),
+        (
+            "maml-ant-direction", "MAML-TRPO, ant in brax, forwards or backwards",
+            f"8.7 / 499.1 / 500.7 / 499.1; {_OTHER_PHYSICS}", CELLS["ant"],
+        ),
+        (
+            "maml-ant-velocity", "MAML-TRPO, ant in brax at a velocity up to 3",
+            f"30.6 / 96.7 / 100.1 / 101.4; {_OTHER_PHYSICS}", _locomotion("ant", "velocity"),
+        ),
+    ]  # fmt: skip
 
 
 def oracle(experiment: Experiment) -> Experiment:
@@ -94,13 +177,27 @@ def oracle(experiment: Experiment) -> Experiment:
 
 
 COMPARED_IN = {
-    "navigation": ("maml", "fomaml", "reptile", "pretrained"),
+    "navigation": ("maml", "fomaml", "reptile", "bmaml", "pretrained"),
     "bandit": ("maml", "fomaml", "pretrained"),
     "tabular_mdp": ("maml", "fomaml", "pretrained"),
+    "half_cheetah": ("maml", "pretrained"),
+    "ant": ("maml", "pretrained"),
 }
 """What is compared by default."""
 
-SHORT: dict[str, dict[str, Any]] = {"navigation": {"steps": 400}}
+_SHORT_RUN = "100 meta-iterations of 4 tasks, 10 trajectories of 100 steps"
+_ON_BODIES: dict[str, Any] = {
+    "task": {"trajectories": 10, "horizon": 100},
+    "outer": {"curvature": 0.25},
+    "meta_batch": 4,
+    "steps": 100,
+    "evaluation": {"trajectories": 10},
+}
+SHORT: dict[str, dict[str, Any]] = {
+    "navigation": {"steps": 200},
+    "half_cheetah": _ON_BODIES,
+    "ant": _ON_BODIES,
+}
 """What a comparison changes of `CELLS`, for two CPU cores."""
 
 CURVATURE = 0.25
@@ -121,4 +218,7 @@ def shortened(algorithm: str, tasks: str) -> Experiment:
     experiment = changed(reinforced(algorithm, tasks), SHORT.get(tasks, {}))
     if "trpo" in experiment.outer:
         experiment = changed(experiment, {"outer": {"curvature": CURVATURE}})
+    if algorithm == "bmaml":
+        # One trust region for all policies: one for each takes time that grows with its square.
+        experiment = changed(experiment, {"outer": {"each": False}})
     return experiment

@@ -15,7 +15,7 @@ from .bandit import Bandit, GaussianBandit
 from .baseline import features, fitted_values
 from .environment import Environment
 from .evaluate import Evaluator, Returns, evaluate
-from .families import bandit, navigation, splits, tabular_mdp
+from .families import ant, bandit, half_cheetah, navigation, splits, tabular_mdp
 from .frozen import Collected, Frozen, adapt, collect
 from .hosted import Gymnasium
 from .locomotion import Locomotion
@@ -24,12 +24,13 @@ from .objectives import OBJECTIVES, dice, importance, log_prob, lvc
 from .policies import Categorical, CategoricalMLP, Gaussian, GaussianMLP, Laws, Policies
 from .ppo import PPO
 from .rollout import RollOut, Steps, Tasks
-from .svpg import CODE_KERNEL, BayesianMAML, ParticleTRPO
+from .svpg import CODE_KERNEL, KERNELS, BayesianMAML, ParticleTRPO
 from .tabular import TabularMDP
 from .trpo import TRPO, conjugate_gradient, line_search, natural_step
 
 __all__ = [
     "CODE_KERNEL",
+    "KERNELS",
     "OBJECTIVES",
     "PPO",
     "TRPO",
@@ -56,6 +57,7 @@ __all__ = [
     "TabularMDP",
     "Tasks",
     "adapt",
+    "ant",
     "bandit",
     "collect",
     "conjugate_gradient",
@@ -65,6 +67,7 @@ __all__ = [
     "features",
     "fitted_values",
     "gae",
+    "half_cheetah",
     "importance",
     "line_search",
     "log_prob",

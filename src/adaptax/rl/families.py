@@ -7,6 +7,7 @@ from typing import Any
 from ..task import Splits
 from .bandit import Bandit
 from .environment import Environment
+from .locomotion import Backend, Goal, Locomotion
 from .navigation import Navigation
 from .rollout import Tasks
 from .tabular import TabularMDP
@@ -38,3 +39,17 @@ def bandit(arms: int = 5, *, horizon: int = 10, **how: Any) -> Splits:
 def tabular_mdp(states: int = 10, actions: int = 5, *, horizon: int = 10, **how: Any) -> Splits:
     """Random decision processes of RL²; see `TabularMDP`."""
     return splits(TabularMDP(states, actions), horizon=horizon, **how)
+
+
+def half_cheetah(
+    goal: Goal = "velocity", *, backend: Backend = "spring", horizon: int = 200, **how: Any
+) -> Splits:
+    """Half-cheetahs of brax that are to run at a velocity or in a direction; see `Locomotion`."""
+    return splits(Locomotion("half-cheetah", goal, backend), horizon=horizon, **how)
+
+
+def ant(
+    goal: Goal = "velocity", *, backend: Backend = "spring", horizon: int = 200, **how: Any
+) -> Splits:
+    """Ants of brax that are to walk at a velocity or in a direction; see `Locomotion`."""
+    return splits(Locomotion("ant", goal, backend), horizon=horizon, **how)

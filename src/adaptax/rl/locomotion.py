@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import warnings
 from typing import Any, Literal, NamedTuple, get_args
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 Backend = Literal["spring", "positional", "generalized", "mjx"]
 """How brax solves the dynamics; see docs/rl-environments.md."""
+
+Goal = Literal["velocity", "direction"]
+"""What a robot is paid for."""
 
 
 class Body(eqx.Module):
@@ -76,13 +82,13 @@ class Locomotion(eqx.Module):
     """
 
     robot: Literal["half-cheetah", "ant"] = eqx.field(static=True, default="half-cheetah")
-    goal: Literal["velocity", "direction"] = eqx.field(static=True, default="velocity")
+    goal: Goal = eqx.field(static=True, default="velocity")
     backend: Backend = eqx.field(static=True, default="spring")
 
     def __check_init__(self) -> None:
         for name, given, known in (
             ("robot", self.robot, tuple(ROBOTS)),
-            ("goal", self.goal, ("velocity", "direction")),
+            ("goal", self.goal, get_args(Goal)),
             ("backend", self.backend, get_args(Backend)),
         ):
             if given not in known:
@@ -130,8 +136,38 @@ class Locomotion(eqx.Module):
         return state.state.obs
 
     @property
+    def seconds(self) -> float:
+        """Between two actions."""
+        return self._simulator.seconds
+
+    @property
+    def radii(self) -> np.ndarray:
+        """Of the capsules that the robot is made of."""
+        return self._simulator.shape.radii
+
+    def capsules(self, state: Body) -> Float[Array, "capsules 2 3"]:
+        """Where the two ends of each are in space: x forward, z up."""
+        shape, at = self._simulator.shape, state.state.pipeline_state.x
+        ends = _rotated(jnp.asarray(shape.ends), at.rot[shape.links][:, None])
+        return ends + at.pos[shape.links][:, None]
+
+    @property
     def _simulator(self) -> Simulator:
         return _made(ROBOTS[self.robot].name, self.backend)
+
+
+class Shape(NamedTuple):
+    """The capsules of a robot; spheres are short ones.
+
+    Args:
+        links: which link of the robot each belongs to.
+        ends: of its axis, `(capsules, 2, 3)`, as the link sees them.
+        radii: `(capsules,)`.
+    """
+
+    links: np.ndarray
+    ends: np.ndarray
+    radii: np.ndarray
 
 
 class Simulator(NamedTuple):
@@ -142,18 +178,23 @@ class Simulator(NamedTuple):
         step: from its state and an action.
         observation_size: of its observations.
         action_size: of an action.
+        seconds: of a step.
+        shape: of the robot.
     """
 
     reset: Any
     step: Any
     observation_size: int
     action_size: int
+    seconds: float
+    shape: Shape
 
 
 @functools.cache
 def _made(name: str, backend: str) -> Simulator:
-    # What brax and the packages it imports deprecate is no news to their user.
-    with warnings.catch_warnings(), jax.ensure_compile_time_eval():
+    # What brax and the packages it imports deprecate, and what they miss, is no news to their user.
+    silent = contextlib.redirect_stdout(io.StringIO())
+    with warnings.catch_warnings(), silent, jax.ensure_compile_time_eval():
         warnings.simplefilter("ignore")
         try:
             from brax import envs
@@ -165,4 +206,30 @@ def _made(name: str, backend: str) -> Simulator:
         env = envs.get_environment(name, backend=backend)
         reset, step = jax.jit(env.reset), jax.jit(env.step)
         seen = jax.eval_shape(reset, jax.random.key(0)).obs
-        return Simulator(reset, step, seen.shape[-1], env.action_size)
+        seconds, shape = float(env.dt), _shape(env.sys)
+        return Simulator(reset, step, seen.shape[-1], env.action_size, seconds, shape)
+
+
+SPHERE, CAPSULE = 2, 3
+"""MuJoCo's numbers for them."""
+
+
+def _shape(model: Any) -> Shape:
+    """Of a robot in MuJoCo's description, where body 0 is the world."""
+    kinds = np.asarray(model.geom_type)
+    part = (np.asarray(model.geom_bodyid) > 0) & np.isin(kinds, (SPHERE, CAPSULE))
+    size = np.asarray(model.geom_size)[part]
+    half = np.where(kinds[part] == CAPSULE, size[:, 1], 0.0)
+    axis = np.stack([np.zeros_like(half), np.zeros_like(half), half], axis=-1)
+    along = _rotated(axis, np.asarray(model.geom_quat)[part])
+    middle = np.asarray(model.geom_pos)[part]
+    ends = np.stack([middle - along, middle + along], axis=1)
+    return Shape(np.asarray(model.geom_bodyid)[part] - 1, np.asarray(ends), size[:, 0])
+
+
+def _rotated(vector: Any, quaternion: Any) -> Any:
+    """Vectors turned by unit quaternions `(w, x, y, z)`."""
+    w, axis = quaternion[..., :1], quaternion[..., 1:]
+    axis, vector = jnp.broadcast_arrays(axis, vector)
+    turned = jnp.cross(axis, vector)
+    return vector + 2 * (w * turned + jnp.cross(axis, turned))

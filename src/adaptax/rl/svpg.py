@@ -27,6 +27,13 @@ CODE_KERNEL: svgd.Kernel = svgd.RBF("mean-distance-plus")
 `h² = ½ (mean distance)² / log(M + 1)`, h differentiated with the rest. Its repulsion is that
 kernel's exact derivative, not half of it as in the code for regression."""
 
+KERNELS: dict[str, svgd.Kernel | None] = {
+    "code": CODE_KERNEL,
+    "median": svgd.RBF(),
+    "none": None,
+}
+"""Kernels of SVPG by name; with none, policies are independent."""
+
 
 class BayesianMAML(MetaLearner):
     """Bayesian MAML in reinforcement learning: M initial policies, adapted together by SVPG.

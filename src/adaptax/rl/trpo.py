@@ -48,8 +48,8 @@ class TRPO(eqx.Module):
         max_kl: δ.
         cg_steps: conjugate-gradient iterations.
         damping: added to the diagonal of F.
-        curvature: fraction of the trajectories that F is estimated from, of D and of D'. The
-            products with F are most of the work. What is accepted is judged on all of them.
+        curvature: fraction of the trajectories that F is estimated from, of D and of D', of each
+            policy. The products with F are most of the work. What is accepted is judged on all.
         backtrack: factor between trial steps.
         max_backtracks: trial steps, the full one included.
         objective: L, of adapted policy and D'.
@@ -105,11 +105,6 @@ class TRPO(eqx.Module):
             key: of the roll-outs.
             progress: not used.
         """
-        if self.curvature < 1 and isinstance(meta, Ensemble | Policies):
-            raise ValueError(
-                "curvature below 1 thins out the trajectories of a single policy, and these are "
-                "several; leave it at 1"
-            )
         trained, fixed = eqx.partition(meta, eqx.is_inexact_array)
         theta, unravel = ravel_pytree(trained)
         rolled_out, rest = eqx.partition(collect_all(learner, meta, tasks, key), eqx.is_array)
@@ -142,7 +137,8 @@ class TRPO(eqx.Module):
         before, gradient = jnp.mean(values), jnp.mean(gradients, axis=0)
 
         # Once for each task; what F v needs of it is kept.
-        thin = _thinned(rolled_out, self.curvature)
+        several = isinstance(meta, Ensemble | Policies)
+        thin = _thinned(rolled_out, self.curvature, after=2 if several else 1)
         linearise = lambda one: jax.linearize(lambda theta: law(theta, one), theta)  # noqa: E731
         laws, pushes = map_over(linearise, thin, size)
 
@@ -170,16 +166,16 @@ class TRPO(eqx.Module):
         return eqx.combine(unravel(theta), fixed), state, value, metrics
 
 
-def _thinned(rolled_out: Collected, fraction: float) -> Collected:
-    """The first trajectories of every roll-out of every task."""
+def _thinned(rolled_out: Collected, fraction: float, after: int) -> Collected:
+    """The first trajectories of every roll-out of every task, `after` axes in D'."""
 
     def first(leaf: Array, axis: int) -> Array:
         keep = math.ceil(fraction * leaf.shape[axis])
         return jax.lax.slice_in_dim(leaf, 0, keep, axis=axis)
 
-    query = jax.tree.map(lambda leaf: first(leaf, 1), rolled_out.query)
-    # After the axes of tasks and of inner steps.
-    batches = jax.tree.map(lambda leaf: first(leaf, 2), rolled_out.support.batches)
+    query = jax.tree.map(lambda leaf: first(leaf, after), rolled_out.query)
+    # D has the axis of inner steps besides.
+    batches = jax.tree.map(lambda leaf: first(leaf, after + 1), rolled_out.support.batches)
     parts = lambda collected: (collected.query, collected.support.batches)  # noqa: E731
     return eqx.tree_at(parts, rolled_out, (query, batches))
 
