@@ -1,6 +1,8 @@
 """Environments of the gymnasium interface: the same roll-outs, learners and numbers as native."""
 
 import builtins
+import inspect
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -22,7 +24,7 @@ class PointMass(gymnasium.Env):
     """Navigation, as its user would write it for gymnasium; the docs show it."""
 
     observation_space = PLANE
-    action_space = Box(-0.1, 0.1, (2,))
+    action_space = Box(-1, 1, (2,))
 
     def __init__(self, goal):
         self.goal = goal
@@ -33,7 +35,7 @@ class PointMass(gymnasium.Env):
         return self.position, {}
 
     def step(self, action):
-        self.position = self.position + action
+        self.position = self.position + 0.1 * action
         away = self.position - self.goal
         arrived = bool(np.all(np.abs(away) < 0.01))
         return self.position, -float(np.linalg.norm(away)), arrived, False, {}
@@ -73,7 +75,7 @@ def sides(key):
     return jax.random.randint(key, (), 100, 200)
 
 
-HOSTED, NATIVE = rl.Gymnasium(PointMass, goal), rl.Navigation(normalised=False)
+HOSTED, NATIVE = rl.Gymnasium(PointMass, goal), rl.Navigation()
 TASKS = rl.Tasks(HOSTED, trajectories=2, horizon=4)
 POLICY = rl.GaussianMLP(2, 2, (4,), key=KEY)
 MAML = ax.MAML(rl.log_prob, 0.1)
@@ -98,7 +100,7 @@ def test_returns_are_those_of_the_environment_in_jax():
         return jax.lax.scan(step, NATIVE.reset(key, NATIVE.sample_task(key)), actions)[1]
 
     seen, rewards = jax.vmap(jax.vmap(replay, (None, 0)))(keys, batch.y.actions)
-    assert jnp.abs(batch.y.actions).max() > 0.1  # some were clipped
+    assert jnp.abs(batch.y.actions).max() > 1  # some were clipped
     np.testing.assert_allclose(batch.x, seen, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(batch.y.rewards, rewards, rtol=1e-5)
     np.testing.assert_array_equal(batch.y.mask, 1)  # never ends: the horizon cuts
@@ -128,9 +130,9 @@ def test_a_step_can_be_repeated_only_from_the_start():
     """A compiler may repeat a first step; what it may not do is noticed."""
     env = rl.Gymnasium(PointMass, goal)
     start = env.reset(KEY, jnp.array([0.1, 0.2]))
-    push, pull = jnp.array([0.1, 0.0]), jnp.array([-0.1, 0.0])
+    push, pull = jnp.array([1.0, 0.0]), jnp.array([-1.0, 0.0])
     one, two = env.step(start, push, KEY)[0], env.step(start, pull, KEY)[0]
-    np.testing.assert_allclose([one.observation, two.observation], [push, pull])
+    np.testing.assert_allclose([one.observation, two.observation], [0.1 * push, 0.1 * pull])
     env.step(one, push, KEY)
     with pytest.raises(Exception, match="stepped at time 1 that is not there"):
         env.step(one, push, KEY)
@@ -178,6 +180,39 @@ def test_returns_by_gradient_step():
     native = rl.evaluate(MAML, small, rl.Tasks(NATIVE, trajectories=10, horizon=5), **how)
     np.testing.assert_allclose(hosted.values, native.values, rtol=1e-3)
     assert hosted.mean(step=2) > hosted.mean(step=0)
+
+
+def test_the_docs_show_this_environment():
+    text = (Path(__file__).parents[2] / "docs" / "rl-environments.md").read_text()
+    shown = text[text.index("class PointMass") : text.index("env     = rl.Gymnasium(PointMass")]
+    code = lambda text: [
+        line.split("  #")[0].rstrip() for line in text.splitlines() if line.strip()
+    ]
+    mine = code(inspect.getsource(PointMass) + inspect.getsource(goal))
+    mine.remove('    """Navigation, as its user would write it for gymnasium; the docs show it."""')
+    wide = {"observation_space = PLANE": "observation_space = Box(-np.inf, np.inf, (2,))"}
+    mine = [line.replace(*pair) for line in mine for pair in wide.items()]
+    assert code(shown) == mine
+    assert len(code(text[text.index("import gymnasium, jax") : text.index("`make(task)`")])) <= 36
+
+
+class Slow(PointMass):
+    """The same, for actions that are velocities."""
+
+    action_space = Box(-0.1, 0.1, (2,))
+
+    def step(self, action):
+        return super().step(10 * action)
+
+
+def test_bounds_far_from_one_are_rescaled():
+    rescale = lambda goal: gymnasium.wrappers.RescaleAction(
+        Slow(goal), np.float32(-1), np.float32(1)
+    )
+    env, task, action = rl.Gymnasium(rescale, goal), jnp.array([0.1, 0.2]), jnp.array([0.5, -3.0])
+    moved, reward, _ = env.step(env.reset(KEY, task), action, KEY)
+    np.testing.assert_allclose(moved.observation, [0.05, -0.1], atol=1e-6)
+    np.testing.assert_allclose(reward, -np.hypot(0.05, 0.3), rtol=1e-5)
 
 
 class Broken(PointMass):

@@ -12,6 +12,8 @@ import adaptax as ax
 from adaptax import rl
 from adaptax.rl.frozen import collect_all
 
+KEY = jax.random.key(0)
+
 
 def test_conjugate_gradient_solves(x64):
     root = jax.random.normal(jax.random.key(0), (10, 10))
@@ -131,6 +133,37 @@ def test_the_step_against_dense_linear_algebra(steps, mapping, x64):
     assert loss < 0
     assert metrics["kl"] <= 0.01
     assert jnp.linalg.norm(fisher) > 0.05, "damping would hide a wrong Fisher matrix"
+
+
+class Twice(eqx.Module):
+    """Every trajectory a second time, after all."""
+
+    source: rl.RollOut
+
+    def draw(self, model, key):
+        batch, axis = self.source.draw(model, key), int(isinstance(model, rl.Policies))
+        return jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf], axis), batch)
+
+
+@pytest.mark.parametrize("particles", [None, 2])
+def test_half_of_the_trajectories_say_the_same_if_the_others_repeat_them(particles, x64):
+    """With `curvature=0.5`; and something else if they do not."""
+    source = rl.Tasks(rl.Navigation(), trajectories=2, horizon=3).sample(jax.random.key(0)).support
+    policy = rl.GaussianMLP(2, 2, (3,), key=jax.random.key(1))
+    learner, meta = ax.MAML(rl.lvc, 0.1), policy
+    if particles is not None:
+        learner = rl.BayesianMAML(rl.lvc, 0.1, particles=particles)
+        meta = learner.init(policy, key=jax.random.key(2))
+
+    def stepped(source, curvature):
+        one = ax.Task(source, source)
+        tasks = jax.tree.map(lambda leaf: leaf[None], one)
+        outer = rl.TRPO(curvature=curvature, damping=0.1, backtrack=0.99, max_backtracks=100)
+        step = lambda meta: outer.step(learner, meta, (), tasks, key=KEY, progress=0.0)[0]
+        return ravel_pytree(eqx.filter(eqx.filter_jit(step)(meta), eqx.is_inexact_array))[0]
+
+    np.testing.assert_allclose(stepped(Twice(source), 0.5), stepped(Twice(source), 1.0), atol=1e-6)
+    assert jnp.abs(stepped(source, 0.5) - stepped(source, 1.0)).max() > 1e-3
 
 
 def test_a_step_that_cannot_improve_changes_nothing():
