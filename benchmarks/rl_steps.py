@@ -52,7 +52,7 @@ def run_torch(batched):
             return self.position
 
         def step(self, action):
-            self.position = self.position + np.clip(action, -0.1, 0.1)
+            self.position = self.position + np.clip(0.1 * action, -0.1, 0.1)
             x, y = self.position - self.goal
             done = abs(x) < 0.01 and abs(y) < 0.01
             return self.position, -math.sqrt(x**2 + y**2), done, {}
@@ -68,7 +68,7 @@ def run_torch(batched):
             return self.position
 
         def step(self, action):
-            self.position = self.position + np.clip(action, -0.1, 0.1)
+            self.position = self.position + np.clip(0.1 * action, -0.1, 0.1)
             away = self.position - self.goal
             return self.position, -np.linalg.norm(away, axis=1), (abs(away) < 0.01).all(1), {}
 

@@ -81,6 +81,24 @@ def test_policies_of_bmaml_have_a_trust_region_each(here, capsys):
     assert again["curve"] == result["curve"]
 
 
+def test_ppo_in_the_place_of_trpo(here):
+    words = [
+        "train",
+        "maml",
+        "bandit",
+        *SMALL,
+        "--set",
+        "outer.ppo=0.01",
+        "--set",
+        "outer.clip=0.3",
+    ]
+    assert main([*words, "--run", "simple"]) == 0
+    last = json.loads((here / "simple" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert "return_after" in last
+    assert "kl" not in last
+    assert main(["evaluate", "simple"]) == 0
+
+
 @pytest.fixture
 def glider(monkeypatch):
     """A body whose motion is known, in the place of brax's."""

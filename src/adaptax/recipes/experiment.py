@@ -177,7 +177,8 @@ class Experiment:
             `LOSSES`; and `adapt_only` for what is under a name, such as `"head"`.
         outer: the outer optimizer: `{"adam": rate, "clip": bound}`, either may be missing; the
             learner's own if empty; or `{"trpo": bound of the KL, …}`, with further arguments, and
-            `"each": True` for a trust region of each of several policies.
+            `"each": True` for a trust region of each of several policies; or `{"ppo": rate of
+            Adam, "epochs": …, "clip": …}`, which goes before `"trpo"`.
         steps: meta-steps.
         meta_batch: tasks a meta-step.
         evaluation: arguments of `evaluate`.
@@ -334,21 +335,25 @@ class Experiment:
 
     def optimizer(self) -> optax.GradientTransformation | None:
         """The outer optimizer; `None` for the learner's own."""
-        if not self.outer or "trpo" in self.outer:
+        if not self.outer or "trpo" in self.outer or "ppo" in self.outer:
             return None
         clip = [optax.clip(self.outer["clip"])] if "clip" in self.outer else []
         return optax.chain(*clip, optax.adam(self.outer.get("adam", 1e-3)))
 
     def outer_step(self) -> Outer | None:
-        """The outer step of its own kind, `adaptax.rl.TRPO` or `ParticleTRPO`; `None` for an
-        optimizer's.
+        """The outer step of its own kind, `adaptax.rl.TRPO`, `ParticleTRPO` or `PPO`; `None` for
+        an optimizer's.
 
         Raises:
             ValueError: if it does not know an argument.
         """
-        if "trpo" not in self.outer:
-            return None
         arguments = dict(self.outer)
+        if "ppo" in arguments:
+            rule = optax.adam(arguments["ppo"])
+            how = {name: arguments[name] for name in ("epochs", "clip") if name in arguments}
+            return rl.PPO(rule, **how)
+        if "trpo" not in arguments:
+            return None
         arguments["max_kl"], each = arguments.pop("trpo"), arguments.pop("each", False)
         step = _call(rl.TRPO, arguments, "TRPO")
         return rl.ParticleTRPO(step) if each else step
