@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import adaptax as ax
-from adaptax.losses import cross_entropy, mse
+from adaptax.losses import cross_entropy, mse, relative_mse
 
 predict = lambda x: x
 X = jax.random.normal(jax.random.key(0), (6, 3))
@@ -17,6 +17,18 @@ def test_mse_by_numpy():
     assert np.isclose(mse(predict, batch), each.mean(), rtol=1e-6)
     assert np.isclose(mse(predict, batch, reduction="sum"), each.sum(), rtol=1e-6)
     assert np.isclose(mse(predict, ax.Batch(X[:, 0], y[:, 0])), np.mean((X - y)[:, 0] ** 2))
+
+
+def test_the_relative_error_is_one_less_r2_where_targets_are_large():
+    y = 30 * jnp.cos(X)
+    batch = ax.Batch(X, y)
+    r2 = 1 - np.sum((np.asarray(y) - np.asarray(X)) ** 2) / np.sum(np.asarray(y) ** 2)
+    assert np.isclose(relative_mse(predict, batch), 1 - r2, rtol=1e-5)
+    assert np.isclose(relative_mse(lambda x: 0 * x, batch), 1)
+    standardised = ax.Batch(X, (y - y.mean()) / (1.001 * y.std()))
+    assert relative_mse(predict, standardised) == mse(predict, standardised)
+    with pytest.raises(ValueError, match="predicts shape"):
+        relative_mse(predict, ax.Batch(X, X[:, 0]))
 
 
 def test_cross_entropy_by_numpy():

@@ -44,6 +44,24 @@ def mse(model: Model, batch: Batch, *, reduction: Reduction = "mean") -> Float[A
     return _reduce(jnp.mean(errors.reshape(len(errors), -1), axis=1), reduction, way=1)
 
 
+def relative_mse(model: Model, batch: Batch) -> Float[Array, ""]:
+    """Squared error over that of answering 0, where that is above 1: `Σ(y − f)² / max(Σ y², n)`.
+
+    For targets in units of each task's own support, as `tasks.fsmol` has them. Of a support that is
+    standardised it is `mse`; but queries of a task whose support happened to lie close together
+    have targets of ten or a hundred, and one such task would outweigh all others of a meta-batch.
+    Here no task starts from more than 1, and the meta-loss is close to 1 − R².
+
+    Args:
+        model: predicts `(n, out)` from `batch.x`.
+        batch: float targets `(n, out)`.
+
+    Raises:
+        ValueError: if predictions and targets differ in shape.
+    """
+    return mse(model, batch) / jnp.maximum(jnp.mean(batch.y**2), 1.0)
+
+
 def normal(
     model: Model, batch: Batch, *, noise: float = 1.0, reduction: Reduction = "mean"
 ) -> Float[Array, ""]:
