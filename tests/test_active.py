@@ -236,6 +236,35 @@ def test_unsureness_of_an_ensemble_and_of_one():
     # Two that are sure of different classes are unsure together.
     apart = jnp.stack([logits, logits[:, ::-1]])
     assert np.allclose(unsureness(apart, jnp.array([0])), np.log([3, 2]), atol=1e-6)
+    # Of the first all know that nothing is known; on the second they disagree.
+    found = unsureness(apart, jnp.array([0]), "disagreement")
+    assert np.allclose(found, [0, np.log(2)], atol=1e-6)
+
+
+def test_what_the_particles_disagree_on_is_asked_for_first():
+    """Not what all of them find ambiguous."""
+    weights = 2 * jax.random.normal(KEY, (3, 2, 3))
+    mixture = ax.Ensemble(ax.Functional(weights, logits))
+    curves = active_learning(
+        Fixed(), mixture, Classes(), start=1, queries=2, episodes=10, key=KEY,
+        strategies=("random", "entropy", "disagreement"),
+    )  # fmt: skip
+    for i in range(10):
+        x = np.asarray(episode(Classes(), i).support.x)
+        p = np.exp(jax.nn.log_softmax(x @ np.asarray(weights)))
+        gain = stats.entropy(p.mean(axis=0), axis=1) - stats.entropy(p, axis=2).mean(axis=0)
+        gain[curves.asked["disagreement"][i, :3]] = -1
+        assert np.array_equal(curves.asked["disagreement"][i, 3:], np.argsort(-gain)[:2])
+    assert not np.array_equal(curves.asked["disagreement"], curves.asked["entropy"])
+    row = curves.to_json()["curve"][1]
+    assert row["difference_disagreement"]["accuracy"] == 0
+    single = ax.Functional(weights[0], logits)
+    alone = active_learning(
+        Fixed(), single, Classes(), start=1, queries=1, episodes=4, key=KEY,
+        strategies=("random", "disagreement"),
+    )  # fmt: skip
+    assert np.array_equal(alone.asked["random"], alone.asked["disagreement"])
+    assert "difference" not in alone.to_json()["curve"][0]
 
 
 @pytest.mark.parametrize(
@@ -295,9 +324,9 @@ def ask(tasks=None, model=None, learner=None, **how):
         ({"start": 0}, "start is 1 or more labelled examples, not 0"),
         ({"queries": 0}, "queries is 1 or more, not 0"),
         ({"episodes": 0}, "episodes is 1 or more, not 0"),
-        ({"strategies": ["best"]}, r"a sequence of random and entropy, not \['best'\]"),
-        ({"strategies": "entropy"}, "a sequence of random and entropy, not 'entropy'"),
-        ({"strategies": []}, "a sequence of random and entropy"),
+        ({"strategies": ["best"]}, r"a sequence of random, entropy, disagreement, not \['best'\]"),
+        ({"strategies": "entropy"}, "a sequence of random, entropy, disagreement, not 'entropy'"),
+        ({"strategies": []}, "a sequence of random, entropy, disagreement"),
         ({"noise": 0.0}, "noise is a positive standard deviation, not 0.0"),
         ({"start": 2, "queries": 7}, r"pool has 12 examples.*ask for 6 \+ 7 of them"),
         ({"tasks": Lines(query=0), "learner": Posterior()}, "no queries to score"),

@@ -315,6 +315,12 @@ def test_analyze_active(sine_run, here, capsys):
     assert (here / "game" / "active.png").exists()
     assert main([*words, "--labels", "9"]) == 2
     assert "pool" in capsys.readouterr().err
+    more = ["--split", "val", "--query", "7", "--labels", "1", "--strategies", "random",
+            "disagreement"]  # fmt: skip
+    assert main([*words, *more]) == 0
+    assert "gain of disagreement" in " ".join(capsys.readouterr().out.split())
+    protocol = json.loads((here / "game" / "active.json").read_text())["learners"][0]["protocol"]
+    assert (protocol["split"], protocol["query"]) == ("val", 7)
 
 
 def test_ablate_trains_tests_and_goes_on(here, capsys, monkeypatch):

@@ -247,6 +247,10 @@ def test_active_curves_of_several_learners():
     assert [text.get_text() for text in left.get_legend().get_texts()] == names
     assert [text.get_text() for text in right.get_legend().get_texts()] == ["A", "B"]
     assert left.get_title(loc="left") == "here"
+    ways = ("random", "entropy", "disagreement")
+    right = pictures.active_curves(curves(strategies=ways)).axes[1]
+    assert [text.get_text() for text in right.get_legend().get_texts()] == list(ways[1:])
+    assert right.get_title(loc="left") == "chosen − random, paired"
     assert len(pictures.active_curves(curves(strategies=["random"])).axes) == 1
     with pytest.raises(ValueError, match="there are no curves"):
         pictures.active_curves({})

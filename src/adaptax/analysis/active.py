@@ -16,7 +16,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from .. import feed, io, metrics
 from ..evaluate import predict
@@ -24,8 +24,9 @@ from ..learner import Meta, MetaLearner
 from ..mapping import Mapping, chunk_size, with_fast_path
 from ..task import Batch, Splits, Task, TaskDistribution
 
-STRATEGIES = ("random", "entropy")
-"""How the next example may be chosen: at random, or where the prediction is least sure."""
+STRATEGIES = ("random", "entropy", "disagreement")
+"""How the next example may be chosen: at random, where the prediction is least sure, or where the
+particles disagree most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,8 @@ class ActiveCurves:
     def to_json(self) -> dict[str, Any]:
         """Means and intervals by number of labels, and the protocol; `None` for what is not finite.
 
-        With both strategies also the paired difference, entropy less random.
+        Beside `random` also the paired differences from it: `difference` of `entropy`, and
+        `difference_disagreement`.
         """
         curve = []
         for i, count in enumerate(self.labels):
@@ -87,9 +89,11 @@ class ActiveCurves:
                 for name in scores:
                     row[strategy][name] = float(self.mean(strategy, name)[i])
                     row[strategy][f"{name}_ci95"] = float(self.ci95(strategy, name)[i])
-            if set(STRATEGIES) <= set(self.values):
-                mean, half = self.difference()
-                row["difference"] = {
+            informed = [s for s in self.values if s != "random" and "random" in self.values]
+            for strategy in informed:
+                mean, half = self.difference(of=strategy)
+                name = "difference" if strategy == "entropy" else f"difference_{strategy}"
+                row[name] = {
                     self.primary: float(mean[i]),
                     f"{self.primary}_ci95": float(half[i]),
                 }
@@ -116,7 +120,7 @@ def active_learning(
     *,
     start: int,
     queries: int,
-    strategies: Sequence[str] = STRATEGIES,
+    strategies: Sequence[str] = ("random", "entropy"),
     episodes: int = 600,
     key: PRNGKeyArray,
     noise: float = 1.0,
@@ -135,8 +139,12 @@ def active_learning(
       variance, summed over outputs. A Gaussian's entropy grows with its variance, so that either
       puts the pool in one order; that of a mixture of Gaussians has no closed form. Of equals it
       takes the next in the random order.
+    * `"disagreement"` labels the example of which labels the particles have the most different
+      opinions: largest mutual information of class and particle, which is the entropy less what
+      every particle finds ambiguous. Of real targets it is `"entropy"`.
 
-    A single regressor is equally unsure everywhere, so `"entropy"` chooses at random as well. All
+    A single regressor is equally unsure everywhere, so `"entropy"` chooses at random as well, as
+    `"disagreement"` does of any single model. All
     strategies have the same episodes, start and randomness; episode i depends on the key, the
     split and i alone, so curves of several learners are paired too. All that is predicted at
     once, queries or pool, is one batch. There is one program for each number of labels.
@@ -177,7 +185,7 @@ def active_learning(
             f"ask for {held} + {queries} of them; sample tasks with more shots, or ask for fewer"
         )
     game = _Game(learner, meta, tasks, start, facts.way, noise)
-    informed = jnp.array([strategy == "entropy" for strategy in strategies])
+    informed = jnp.array([STRATEGIES.index(strategy) for strategy in strategies])
 
     def whole(loaded: PyTree, key: PRNGKeyArray) -> Any:
         orders = jnp.zeros((len(informed), facts.pool), int)
@@ -242,20 +250,29 @@ def active_learning(
     )
 
 
-def unsureness(predictions: Float[Array, "*particles n out"], targets: Array) -> Float[Array, " n"]:
+def unsureness(
+    predictions: Float[Array, "*particles n out"], targets: Array, by: str = "entropy"
+) -> Float[Array, " n"]:
     """How unsure each prediction is, up to what makes no difference to their order.
 
-    For classification the entropy of the mixture in nats; for regression the variance of the
-    particles' predictions, summed over outputs. The noise adds the same to every variance.
+    For classification the entropy of the mixture in nats, or the mutual information of class and
+    particle; for regression the variance of the particles' predictions, summed over outputs. The
+    noise adds the same to every variance.
 
     Args:
         predictions: logits `(n, way)`, or reals of the shape of the targets; of one model or of
             particles.
         targets: of any number of examples; only their type and rank are looked at.
+        by: `"entropy"` or `"disagreement"`.
     """
     if jnp.issubdtype(targets.dtype, jnp.integer):
-        entropy = lambda one: metrics.uncertainty(one[..., None, :])["entropy"]  # noqa: E731
-        return jax.vmap(entropy, in_axes=-2)(predictions)
+        part = "entropy" if by == "entropy" else "epistemic"
+
+        def of(one: Float[Array, "*particles way"]) -> Float[Array, ""]:
+            # A single model has no epistemic part.
+            return metrics.uncertainty(one[..., None, :]).get(part, jnp.zeros(()))
+
+        return jax.vmap(of, in_axes=-2)(predictions)
     if predictions.ndim == targets.ndim:
         return jnp.zeros(len(predictions))
     variance = jnp.var(predictions, axis=0)
@@ -287,7 +304,7 @@ class _Game(eqx.Module):
         self,
         count: int,
         ask: bool,
-        informed: Bool[Array, " s"],
+        informed: Int[Array, " s"],
         loaded: PyTree,
         key: PRNGKeyArray,
         orders: Int[Array, "s pool"],
@@ -300,7 +317,7 @@ class _Game(eqx.Module):
         task = feed.task(self.tasks, loaded)
         pool = task.support
 
-        def one(order: Int[Array, " pool"], informed: Bool[Array, ""]) -> Any:
+        def one(order: Int[Array, " pool"], informed: Int[Array, ""]) -> Any:
             labelled = jax.tree.map(lambda a: a[order[:count]], pool)
             model = self.learner.adapt(self.meta, labelled, key=adapt_key)
             query = task.query.draw(model, query_key)
@@ -309,9 +326,10 @@ class _Game(eqx.Module):
             if not ask:
                 return scores, order
             left = order[count:]
-            unsure = unsureness(answer(jax.tree.map(lambda a: a[left], pool.x)), pool.y)
+            answers = answer(jax.tree.map(lambda a: a[left], pool.x))
+            unsure = [unsureness(answers, pool.y, by) for by in STRATEGIES[1:]]
             # The order is random already: of equals, and at random, it is the turn of the first.
-            chosen = jnp.argmax(jnp.where(informed, unsure, jnp.zeros_like(unsure)))
+            chosen = jnp.argmax(jnp.stack([jnp.zeros_like(unsure[0]), *unsure])[informed])
             swapped = left.at[chosen].set(left[0]).at[0].set(left[chosen])
             return scores, order.at[count:].set(swapped)
 
@@ -378,9 +396,7 @@ def _check(
         if value < 1:
             raise ValueError(f"{name} is 1 or more, not {value}")
     if not strategies or not set(strategies) <= set(STRATEGIES):
-        raise ValueError(
-            f"strategies is a sequence of {' and '.join(STRATEGIES)}, not {strategies!r}"
-        )
+        raise ValueError(f"strategies is a sequence of {', '.join(STRATEGIES)}, not {strategies!r}")
     if not noise > 0:
         raise ValueError(f"noise is a positive standard deviation, not {noise}")
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from .. import report
 from ..analysis.active import ActiveCurves, active_learning
-from ..recipes import TITLES
+from ..recipes import TITLES, changed
 from ..report.uncertainty import active_curves
 from .commands import AnalyzeActive
 from .facts import command, dump, facts, keep
@@ -36,7 +36,10 @@ def active(asked: AnalyzeActive) -> None:
             task={**experiment.task, "train_shot": experiment.task["shot"]},
             test_task={**experiment.test_task, "shot": asked.pool, "train_shot": None},
         )
-        tasks = pooled.splits(asked.data_root or config["data_root"], test=True).test
+        if asked.query is not None:
+            pooled = changed(pooled, {"test_task": {"query": asked.query, "train_query": None}})
+        splits = pooled.splits(asked.data_root or config["data_root"], test=True)
+        tasks = splits.test if asked.split == "test" else splits.val
         name = TITLES[experiment.algorithm]
         name = name if name not in curves else f"{name} ({folder})"
         noise = experiment.evaluation.get("noise", 1.0)
@@ -45,6 +48,7 @@ def active(asked: AnalyzeActive) -> None:
                 experiment.build_learner(), meta, tasks, start=asked.start, queries=asked.labels,
                 episodes=asked.episodes, key=jax.random.key(2**31 + asked.seed),
                 noise=noise if isinstance(noise, float) else 1.0, watch=watch,
+                strategies=asked.strategies,
             )  # fmt: skip
     path = Path(asked.out) if asked.out else free_folder(f"active-{families.pop()}")
     path.mkdir(parents=True, exist_ok=True)
@@ -60,7 +64,7 @@ def active(asked: AnalyzeActive) -> None:
         print(dump(result))
         return
     out.print(_table(curves))
-    out.print("± is the 95 % confidence interval over episodes, that of the gain over paired ones.")
+    out.print("± is the 95 % confidence interval over episodes; gains are over random, in pairs.")
     out.print(f"results: {path} (active.json, {plot.name})", soft_wrap=True)
 
 
@@ -68,18 +72,26 @@ def _table(curves: dict[str, ActiveCurves]) -> Table:
     metric = next(iter(curves.values())).primary
     table = Table(title=f"{metric} by labels", title_justify="left")
     table.add_column("labels", justify="right")
-    for name in curves:
-        for column in ("random", "entropy", "gain"):
-            table.add_column(f"{name}, {column}", justify="right")
+    for name, one in curves.items():
+        for strategy in one.values:
+            table.add_column(f"{name}, {strategy}", justify="right")
+        for strategy in _informed(one):
+            table.add_column(f"gain of {strategy}", justify="right")
     for i, labels in enumerate(next(iter(curves.values())).labels):
         cells = []
         for one in curves.values():
-            gain, half = one.difference()
-            sign = 1 if metric == "accuracy" else -1
             cells += [
                 report.number(metric, float(one.mean(strategy)[i]), float(one.ci95(strategy)[i]))
-                for strategy in ("random", "entropy")
+                for strategy in one.values
             ]
-            cells.append(report.number(metric, float(sign * gain[i]), float(half[i])))
+            for strategy in _informed(one):
+                gain, half = one.difference(of=strategy)
+                sign = 1 if metric == "accuracy" else -1
+                cells.append(report.number(metric, float(sign * gain[i]), float(half[i])))
         table.add_row(str(labels), *cells)
     return table
+
+
+def _informed(curves: ActiveCurves) -> list[str]:
+    """The strategies that a gain over random can be told of."""
+    return [s for s in curves.values if s != "random" and "random" in curves.values]

@@ -448,8 +448,14 @@ class AnalyzeActive:
     """examples to label after those"""
     pool: int = 20
     """examples in the pool, of each class where there are classes"""
+    query: Int = None
+    """examples that the scores are of, likewise, if not as many as in the run's own test"""
+    strategies: tuple[str, ...] = ("random", "entropy")
+    """how to choose: random, entropy, or disagreement of the particles"""
     episodes: int = 300
     """test tasks"""
+    split: Literal["test", "val"] = "test"
+    """whose tasks: val to choose settings by"""
     seed: int = 0
     """names the tasks"""
     data_root: Word = None

@@ -31,7 +31,7 @@ GRID = 200
 SIDE = 150
 """Points of the grids that predictions are drawn on: on a line, and on each side of a square."""
 
-_LINES: dict[str, Any] = {"entropy": "-", "random": (0, (4, 1.5))}
+_LINES: dict[str, Any] = {"entropy": "-", "disagreement": (0, (1, 1)), "random": (0, (4, 1.5))}
 
 
 @styled
@@ -309,7 +309,7 @@ def attribute_sheet(
 def active_curves(
     curves: ActiveCurves | Mapping[str, ActiveCurves], *, metric: str | None = None, title: str = ""
 ) -> Figure:
-    """Scores by number of labels, asked for and at random, and the paired difference of the two.
+    """Scores by number of labels, asked for and at random, and the paired differences from random.
 
     Args:
         curves: of one learner, or of several by name.
@@ -326,7 +326,8 @@ def active_curves(
     if not several:
         raise ValueError("there are no curves to draw; give at least one")
     name = next(iter(several.values())).primary if metric is None else metric
-    both = all({"random", "entropy"} <= set(one.values) for one in several.values())
+    chosen = {s: None for one in several.values() for s in one.values if s != "random"}
+    both = bool(chosen) and all("random" in one.values for one in several.values())
     figure, axes = canvas(1, 2 if both else 1, (4.0, 3.2))
     left, factor = axes[0, 0], scale(name)
     for i, (learner, one) in enumerate(several.items()):
@@ -339,10 +340,17 @@ def active_curves(
                 linestyle=_LINES[strategy], label=f"{learner}, {strategy}" if learner else strategy,
             )  # fmt: skip
         if both:
-            mean, half = one.difference(name)
-            colour = COLOURS[i % len(COLOURS)] if len(several) > 1 else "black"
-            _band(axes[0, 1], one.labels, factor * mean, factor * half, color=colour,
-                  marker=MARKERS[i % len(MARKERS)], label=learner)  # fmt: skip
+            for j, strategy in enumerate(one.values):
+                if strategy == "random":
+                    continue
+                mean, half = one.difference(name, of=strategy)
+                _band(
+                    axes[0, 1], one.labels, factor * mean, factor * half,
+                    color=COLOURS[(j if len(several) == 1 else i) % len(COLOURS)],
+                    marker=MARKERS[(j if len(several) == 1 else i) % len(MARKERS)],
+                    linestyle=_LINES[strategy],
+                    label=", ".join(filter(None, (learner, strategy if len(chosen) > 1 else ""))),
+                )  # fmt: skip
     shown = METRICS.get(name, name)
     left.set(xlabel="labels", ylabel=shown)
     left.set_title(title or "mean and 95 % CI", loc="left")
@@ -351,8 +359,9 @@ def active_curves(
         right = axes[0, 1]
         right.axhline(0, color="#555555", linestyle=":", linewidth=1)
         right.set(xlabel="labels", ylabel="difference in " + shown.replace("(%)", "(points)"))
-        right.set_title("entropy − random, paired", loc="left")
-        if len(several) > 1:
+        one_way = next(iter(chosen)) if len(chosen) == 1 else "chosen"
+        right.set_title(f"{one_way} − random, paired", loc="left")
+        if len(several) * len(chosen) > 1:
             right.legend(fontsize=8)
     for ax in axes.flat:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
