@@ -62,7 +62,7 @@ def test_compare_has_baselines_and_the_papers_numbers(here, capsys, monkeypatch)
     assert [row["name"] for row in rows] == ["MAML", "BMAML", "Oracle", "Random policy"]
     assert [len(row["curve"]) for row in rows] == [4, 4, 1, 4]
     assert rows[1]["protocol"]["particles"] == 5
-    assert rows[1]["experiment"]["outer"] == {"trpo": 0.01, "each": False, "curvature": 0.25}
+    assert rows[1]["experiment"]["outer"] == {"trpo": 0.01, "curvature": 0.25, "each": False}
     assert rows[0]["paper"] == {str(k): v for k, v in RETURNS["navigation"]["MAML"].items()}
 
 
@@ -70,7 +70,7 @@ def test_policies_of_bmaml_have_a_trust_region_each(here, capsys):
     words = ["train", "bmaml", "navigation", *SMALL, "--set", "learner.particles=2"]
     assert main([*words, "--run", "several"]) == 0
     config = json.loads((here / "several" / "config.json").read_text())["experiment"]
-    assert config["outer"] == {"trpo": 0.01, "each": True}
+    assert config["outer"] == {"trpo": 0.01, "curvature": 0.25, "each": True}
     result = json.loads((here / "several" / "test.json").read_text())
     assert result["protocol"]["particles"] == 2
     assert result["protocol"]["return"] == "mean over particles"

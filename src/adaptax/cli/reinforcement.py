@@ -38,9 +38,8 @@ def compare(asked: Compare) -> None:
     try:
         for name, experiment in experiments.items():
             trained[name] = fit_or_go_on(
-                experiment, path / name.lower(), go_on, progress, data_root=None,
-                validate_every=max(experiment.steps // 20, 1),
-            )  # fmt: skip
+                experiment, path / name.lower(), go_on, progress, data_root=None
+            )
         found = {
             TITLES.get(name, name): one.experiment.test(one.meta, one.test)
             for name, one in trained.items()

@@ -160,6 +160,8 @@ def fit(config: dict[str, Any], path: Path, resume: bool, go_on: str, console: C
             if resume:
                 watch.start(max((record["step"] for record in run.metrics()), default=0))
             how = {"validation": _validation(experiment), **config["training"]}
+            if experiment.tasks in ENVIRONMENTS:
+                how.setdefault("validate_every", max(experiment.steps // 20, 1))
             result = experiment.train(
                 splits, run, init_from=start, validate=splits.val, watch=watch, resume=resume, **how
             )

@@ -242,8 +242,6 @@ class ParticleTRPO(eqx.Module):
                 "ParticleTRPO steps the policies of adaptax.rl.BayesianMAML; for those of "
                 f"{type(learner).__name__} take TRPO"
             )
-        if learner.kernel is not None and self.trpo.curvature < 1:
-            raise ValueError("with a kernel every trajectory counts: leave curvature at 1")
         found = collect_all(learner, meta, tasks, key)
         arrays, rest = eqx.partition(meta.models, eqx.is_array)
 

@@ -12,14 +12,13 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ..learner import Ensemble, Meta, MetaLearner
+from ..learner import Meta, MetaLearner
 from ..losses import Loss
 from ..mapping import Mapping, chunk_size, map_over, sum_over
-from ..task import Task
+from ..task import Batch, Task
 from .advantages import masked_mean
 from .frozen import Collected, adapt, collect_all, returns
 from .objectives import importance
-from .policies import Policies
 
 
 class TRPO(eqx.Module):
@@ -137,8 +136,7 @@ class TRPO(eqx.Module):
         before, gradient = jnp.mean(values), jnp.mean(gradients, axis=0)
 
         # Once for each task; what F v needs of it is kept.
-        several = isinstance(meta, Ensemble | Policies)
-        thin = _thinned(rolled_out, self.curvature, after=2 if several else 1)
+        thin = _thinned(rolled_out, self.curvature)
         linearise = lambda one: jax.linearize(lambda theta: law(theta, one), theta)  # noqa: E731
         laws, pushes = map_over(linearise, thin, size)
 
@@ -166,16 +164,16 @@ class TRPO(eqx.Module):
         return eqx.combine(unravel(theta), fixed), state, value, metrics
 
 
-def _thinned(rolled_out: Collected, fraction: float, after: int) -> Collected:
-    """The first trajectories of every roll-out of every task, `after` axes in D'."""
+def _thinned(rolled_out: Collected, fraction: float) -> Collected:
+    """The first trajectories of every roll-out of every task and policy."""
 
-    def first(leaf: Array, axis: int) -> Array:
-        keep = math.ceil(fraction * leaf.shape[axis])
-        return jax.lax.slice_in_dim(leaf, 0, keep, axis=axis)
+    def first(batch: Batch) -> Batch:
+        # After the axes of tasks, of inner steps and of policies, as far as there are.
+        axis = batch.y.mask.ndim - 2
+        keep = math.ceil(fraction * batch.y.mask.shape[axis])
+        return jax.tree.map(lambda leaf: jax.lax.slice_in_dim(leaf, 0, keep, axis=axis), batch)
 
-    query = jax.tree.map(lambda leaf: first(leaf, after), rolled_out.query)
-    # D has the axis of inner steps besides.
-    batches = jax.tree.map(lambda leaf: first(leaf, after + 1), rolled_out.support.batches)
+    query, batches = first(rolled_out.query), first(rolled_out.support.batches)
     parts = lambda collected: (collected.query, collected.support.batches)  # noqa: E731
     return eqx.tree_at(parts, rolled_out, (query, batches))
 
