@@ -42,9 +42,14 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("outer", [rl.TRPO(), rl.PPO(epochs=2)], ids=["TRPO", "PPO"])
+OUTER = {"TRPO": rl.TRPO(), "PPO": rl.PPO(epochs=2), "each": rl.ParticleTRPO(rl.TRPO(cg_steps=2))}
+
+
+@pytest.mark.parametrize("outer", OUTER.values(), ids=OUTER)
 def test_a_killed_run_goes_on_bit_by_bit(outer, tmp_path):
     learner = ax.MAML(rl.log_prob, 0.1)
+    if isinstance(outer, rl.ParticleTRPO):
+        learner = rl.BayesianMAML(rl.log_prob, 0.1, particles=2)
     how = {**HOW, "steps": 3, "outer": outer}
     if isinstance(outer, rl.TRPO):
         how |= {"validate": TASKS, "validation": {"goals": 2, "steps": 1, "trajectories": 2},
