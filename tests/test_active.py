@@ -216,6 +216,21 @@ def test_the_prediction_of_largest_entropy_is_asked_for_first():
     assert np.allclose(accuracy[:, 0], right)
 
 
+def test_several_at_once_are_the_best_of_one_round():
+    weights = 2 * jax.random.normal(KEY, (3, 2, 3))
+    mixture = ax.Ensemble(ax.Functional(weights, logits))
+    how = {"start": 1, "queries": 4, "episodes": 10, "key": KEY}
+    # It learns nothing, so the best of one round are those of the rounds to come.
+    one, two = (
+        active_learning(Fixed(), mixture, Classes(), **how, at_once=count) for count in (1, 2)
+    )
+    assert two.labels == [3, 5, 7]
+    assert two.protocol["at_once"] == 2
+    for strategy in ("random", "entropy"):
+        assert np.array_equal(one.asked[strategy], two.asked[strategy])
+        assert one.values[strategy]["nll"][:, 4] == pytest.approx(two.values[strategy]["nll"][:, 2])
+
+
 def test_the_start_is_random_and_balanced():
     model = ax.Functional(jnp.zeros((2, 3)), logits)
     curves = active_learning(Fixed(), model, Classes(), start=2, queries=1, episodes=40, key=KEY)
@@ -327,6 +342,8 @@ def ask(tasks=None, model=None, learner=None, **how):
         ({"strategies": ["best"]}, r"a sequence of random, entropy, disagreement, not \['best'\]"),
         ({"strategies": "entropy"}, "a sequence of random, entropy, disagreement, not 'entropy'"),
         ({"strategies": []}, "a sequence of random, entropy, disagreement"),
+        ({"at_once": 0}, "at_once is 1 or more and divides queries=1, not 0"),
+        ({"queries": 3, "at_once": 2}, "divides queries=3, not 2"),
         ({"noise": 0.0}, "noise is a positive standard deviation, not 0.0"),
         ({"start": 2, "queries": 7}, r"pool has 12 examples.*ask for 6 \+ 7 of them"),
         ({"tasks": Lines(query=0), "learner": Posterior()}, "no queries to score"),

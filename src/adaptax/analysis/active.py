@@ -120,6 +120,7 @@ def active_learning(
     *,
     start: int,
     queries: int,
+    at_once: int = 1,
     strategies: Sequence[str] = ("random", "entropy"),
     episodes: int = 600,
     key: PRNGKeyArray,
@@ -127,11 +128,12 @@ def active_learning(
     mapping: Mapping = "auto",
     watch: Callable[[int], None] | None = None,
 ) -> ActiveCurves:
-    """Let a learner choose, one by one, which examples of a pool it is told the labels of.
+    """Let a learner choose which examples of a pool it is told the labels of.
 
     The support of every task is the pool: sample tasks with many shots. The learner adapts to
-    `start` labelled examples; then, `queries` times, one more is labelled and it adapts anew, from
-    the meta-parameters, to all that are. It is scored on the task's queries each time.
+    `start` labelled examples; then, until `queries` more are, one more is labelled (or `at_once`)
+    and it adapts anew, from the meta-parameters, to all that are. It is scored on the task's
+    queries each time.
 
     * `"random"` labels the next of the pool in a random order.
     * `"entropy"` labels the example whose prediction is least sure, with an ensemble's mixture as
@@ -156,6 +158,7 @@ def active_learning(
         start: labelled examples to start from: in all for regression, of each class for
             classification.
         queries: examples to label after those.
+        at_once: how many of them to label at once, the next best beside the best; 1 for one by one.
         strategies: any of `STRATEGIES`.
         episodes: how many.
         key: names the episodes, and all randomness.
@@ -173,7 +176,7 @@ def active_learning(
         `active_learning(learner, result.meta, tasks.test, start=1, queries=15, key=key)`, of
         `tasks = adaptax.tasks.omniglot(way=5, shot=15, train_shot=1)`
     """
-    _check(tasks, start, queries, strategies, episodes, noise)
+    _check(tasks, start, queries, at_once, strategies, episodes, noise)
     learner = with_fast_path(learner, "auto")
     probe = feed.load(tasks, key, jnp.zeros(1, jnp.uint32))
     first = jax.tree.map(lambda leaf: leaf[0], probe)
@@ -184,17 +187,17 @@ def active_learning(
             f"the pool has {facts.pool} examples, the support of a task, and start and queries "
             f"ask for {held} + {queries} of them; sample tasks with more shots, or ask for fewer"
         )
-    game = _Game(learner, meta, tasks, start, facts.way, noise)
+    game = _Game(learner, meta, tasks, start, at_once, facts.way, noise)
     informed = jnp.array([STRATEGIES.index(strategy) for strategy in strategies])
 
     def whole(loaded: PyTree, key: PRNGKeyArray) -> Any:
         orders = jnp.zeros((len(informed), facts.pool), int)
-        return game.play(held + queries - 1, True, informed, loaded, key, orders)
+        return game.play(held + queries - at_once, True, informed, loaded, key, orders)
 
     size = min(chunk_size(mapping, 32, whole, (probe, key[None])), episodes)
     # Whole multiples: what is left over would be compiled once more.
     chunk = size * min(math.ceil(episodes / size), 100 if size == 1 else 20)
-    labels = list(range(held, held + queries + 1))
+    labels = list(range(held, held + queries + 1, at_once))
 
     @eqx.filter_jit
     def shuffle(game: _Game, loaded: PyTree, keys: Array) -> tuple[Array, Array]:
@@ -238,6 +241,7 @@ def active_learning(
         "pool": facts.pool,
         "start": held,
         "queries": queries,
+        "at_once": at_once,
         "ci": "1.96 standard errors over episodes",
         "model": "single" if facts.particles == 1 else f"ensemble of {facts.particles}",
         **({"nll_noise": noise} if facts.way is None else {}),
@@ -286,6 +290,7 @@ class _Game(eqx.Module):
     meta: Meta
     tasks: TaskDistribution
     start: int = eqx.field(static=True)
+    at_once: int = eqx.field(static=True)
     way: int | None = eqx.field(static=True)
     noise: float = eqx.field(static=True)
 
@@ -309,7 +314,7 @@ class _Game(eqx.Module):
         key: PRNGKeyArray,
         orders: Int[Array, "s pool"],
     ) -> tuple[dict[str, Float[Array, " s"]], Int[Array, "s pool"]]:
-        """Scores with the first `count` labels, and the orders, the next one brought forward.
+        """Scores with the first `count` labels, and the orders, the next ones brought forward.
 
         An order is a permutation of the pool at all times: nothing can be asked for twice.
         """
@@ -329,9 +334,11 @@ class _Game(eqx.Module):
             answers = answer(jax.tree.map(lambda a: a[left], pool.x))
             unsure = [unsureness(answers, pool.y, by) for by in STRATEGIES[1:]]
             # The order is random already: of equals, and at random, it is the turn of the first.
-            chosen = jnp.argmax(jnp.stack([jnp.zeros_like(unsure[0]), *unsure])[informed])
-            swapped = left.at[chosen].set(left[0]).at[0].set(left[chosen])
-            return scores, order.at[count:].set(swapped)
+            worth = jnp.stack([jnp.zeros_like(unsure[0]), *unsure])[informed]
+            _, chosen = jax.lax.top_k(worth, self.at_once)
+            # The chosen lead, best first; the others stay in their order.
+            place = jnp.arange(len(left)).at[chosen].set(jnp.arange(self.at_once) - self.at_once)
+            return scores, order.at[count:].set(left[jnp.argsort(place)])
 
         return jax.lax.map(lambda each: one(*each), (orders, informed))
 
@@ -382,6 +389,7 @@ def _check(
     tasks: TaskDistribution,
     start: int,
     queries: int,
+    at_once: int,
     strategies: Sequence[str],
     episodes: int,
     noise: float,
@@ -395,6 +403,11 @@ def _check(
     for name, value in (("queries", queries), ("episodes", episodes)):
         if value < 1:
             raise ValueError(f"{name} is 1 or more, not {value}")
+    if at_once < 1 or queries % at_once:
+        raise ValueError(
+            f"at_once is 1 or more and divides queries={queries}, not {at_once}, so that all "
+            "rounds are alike"
+        )
     if not strategies or not set(strategies) <= set(STRATEGIES):
         raise ValueError(f"strategies is a sequence of {', '.join(STRATEGIES)}, not {strategies!r}")
     if not noise > 0:

@@ -48,7 +48,7 @@ def active(asked: AnalyzeActive) -> None:
                 experiment.build_learner(), meta, tasks, start=asked.start, queries=asked.labels,
                 episodes=asked.episodes, key=jax.random.key(2**31 + asked.seed),
                 noise=noise if isinstance(noise, float) else 1.0, watch=watch,
-                strategies=asked.strategies,
+                strategies=asked.strategies, at_once=asked.at_once,
             )  # fmt: skip
     path = Path(asked.out) if asked.out else free_folder(f"active-{families.pop()}")
     path.mkdir(parents=True, exist_ok=True)

@@ -446,6 +446,8 @@ class AnalyzeActive:
     """labelled examples to start from, of each class where there are classes"""
     labels: int = 10
     """examples to label after those"""
+    at_once: int = 1
+    """how many of them to label at once; each number of labels is compiled for itself"""
     pool: int = 20
     """examples in the pool, of each class where there are classes"""
     query: Int = None
