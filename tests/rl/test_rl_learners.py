@@ -104,7 +104,9 @@ def test_returns_by_gradient_step(tmp_path):
     column = given.values[:, 1]
     np.testing.assert_allclose(given.mean(step=1), column.mean())
     np.testing.assert_allclose(given.ci95(step=1), 1.96 * column.std(ddof=1) / 5**0.5)
-    assert given.score == given.mean()
+    np.testing.assert_allclose(given.score, (given.mean(step=1) + given.mean(step=2)) / 2)
+    still = rl.Returns({}, given.values[:, :1])
+    np.testing.assert_allclose(still.score, given.mean(step=0))
     assert "2   " + f"{given.mean():.2f}" in str(given)
     given.save(tmp_path / "returns.json")
     record = given.to_json()

@@ -156,7 +156,8 @@ def fit(config: dict[str, Any], path: Path, resume: bool, go_on: str, console: C
             run.write_config(config)
         start = _start(experiment, config, path, go_on, console)
         resume = resume and run.checkpoint_file.exists()
-        with watching(title, experiment.steps, console) as watch:
+        warn = getattr(experiment.build_learner(), "collapsed", None)
+        with watching(title, experiment.steps, console, warn) as watch:
             if resume:
                 watch.start(max((record["step"] for record in run.metrics()), default=0))
             how = {"validation": _validation(experiment), **config["training"]}
@@ -412,7 +413,7 @@ def _test(trained: Trained, console: Console) -> dict[str, Report | Returns]:
 
 
 def _validation(experiment: Experiment) -> dict[str, Any]:
-    """How to validate: as in the test, but fewer episodes and the last step alone."""
+    """How to validate: as in the test, but fewer episodes, and of episodes the last step alone."""
     if experiment.tasks in ENVIRONMENTS:
         how = dict(experiment.evaluation)
         most = 8 if experiment.tasks in BODIES else 40

@@ -41,8 +41,10 @@ class Returns:
 
     @property
     def score(self) -> float:
-        """The mean return after the last step."""
-        mean = self.mean()
+        """The mean return after 1, 2, … gradient steps, averaged over their number: by what
+        `fit` selects. Late in training the first step may still get better and the next ones
+        worse, or the other way round. Without gradient steps the return as it is."""
+        mean = float(np.mean(self.values[:, 1:] if self.values.shape[1] > 1 else self.values))
         return mean if math.isfinite(mean) else -math.inf
 
     def mean(self, metric: str = "return", step: int = -1) -> float:
