@@ -13,6 +13,7 @@ from adaptax.cli import main
 from adaptax.cli.uncertainty import beyond
 from adaptax.evaluate import Report
 from adaptax.recipes import bayesian
+from adaptax.task import Batch
 from adaptax.tasks import DataError, FSMol, assays, fsmol
 
 KEY = jax.random.key(6)
@@ -357,6 +358,15 @@ def test_learners_are_compared_with_ridge_assay_by_assay(data, tmp_path, capsys,
     of = [row["scores"]["curve"][-1]["r2"] for row in (maml, ridge)]
     assert maml["r2_minus_ridge"]["mean"] == pytest.approx(of[0] - of[1], abs=1e-6)
     assert maml["r2_minus_ridge"]["ci95"] > 0
+
+
+@pytest.mark.parametrize("algorithm", bayesian.COMPARED_ON["fsmol"])
+def test_all_that_are_compared_learn_by_one_loss_and_are_chosen_by_r2(algorithm):
+    experiment = bayesian.compared(algorithm, "fsmol")
+    assert experiment.learner["loss"] == "relative_mse"
+    assert experiment.evaluation == {"episodes": 157, "select": "r2"}
+    task = Batch(jnp.zeros((2, 3)), jnp.array([[30.0], [-40.0]]))
+    assert np.isclose(experiment.build_learner().loss(lambda x: 0 * x[:, :1], task), 1)
 
 
 def test_the_interval_of_a_difference_is_of_pairs():

@@ -80,11 +80,11 @@ CELLS: dict[str, Experiment] = {
         tasks="fsmol",
         task={"shot": 16, "query": 64, "train_query": 32},
         network={"mlp": [256, 256]},
-        learner={"inner_lr": 0.05, "inner_steps": 5, "eval_steps": 5},
+        learner={"loss": "relative_mse", "inner_lr": 0.03, "inner_steps": 5, "eval_steps": 10},
         outer={"adam": 1e-3, "clip": 10.0},
         steps=20_000,
         meta_batch=8,
-        evaluation={"episodes": 157},
+        evaluation={"episodes": 157, "select": "r2"},
         tune_noise=NOISES,
     ),
 }
@@ -104,6 +104,7 @@ def adapted(algorithm: str, maml: Experiment) -> Experiment:
     network, outer = dict(maml.network), dict(maml.outer)
     rate, steps = learner["inner_lr"], learner["inner_steps"]
     eval_steps = learner.get("eval_steps", steps)
+    loss = {name: learner[name] for name in ("loss", "noise", "reduction") if name in learner}
     match algorithm:
         case "meta-sgd":
             learner.pop("eval_steps", None)
@@ -115,13 +116,14 @@ def adapted(algorithm: str, maml: Experiment) -> Experiment:
                 "inner_steps": max(2 * steps, 5),
                 "eval_steps": max(eval_steps, 10),
                 "include_query": True,
+                **loss,
             }
             outer = {}
         case "pretrained":
-            learner = {"inner_lr": rate, "eval_steps": max(eval_steps, 10)}
+            learner = {"inner_lr": rate, "eval_steps": max(eval_steps, 10), **loss}
             tune = [rate * factor for factor in (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)]
         case "ridge" | "class-mean" | "leo":
-            learner, outer = {}, {}
+            learner, outer = loss, {}
         case "emaml":
             learner["particles"] = 5
         case "platipus":
@@ -192,7 +194,7 @@ SHORT: dict[str, dict[str, Any]] = {
         "network": {"image": [42, 42, 3]},
         "steps": 800,
     },
-    "fsmol": {"network": {"mlp": [128, 128]}, "steps": 300},
+    "fsmol": {"network": {"mlp": [64, 64]}, "steps": 400},
 }
 """What `compared` changes of `CELLS`, section by section."""
 
@@ -218,6 +220,9 @@ SHORTER: dict[tuple[str, str], dict[str, Any]] = {
     ("circles", "platipus"): {"learner": _PLATIPUS},
     ("circles", "emaml"): {"meta_batch": 5},
     ("circles", "bmaml"): {"meta_batch": 5},
+    ("fsmol", "anil"): {"learner": {"inner_lr": 0.3}},
+    ("fsmol", "emaml"): {"meta_batch": 4},
+    ("fsmol", "bmaml"): {"meta_batch": 4},
 }  # fmt: skip
 """And what of single algorithms."""
 
