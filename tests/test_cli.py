@@ -276,6 +276,11 @@ def test_compare_where_uncertainty_counts(here, capsys, monkeypatch):
     result = json.loads((here / "both" / "comparison.json").read_text())
     names = [row["name"] for row in result["rows"]]
     assert names == ["MAML", "MAML + noise", "PLATIPUS"]
+    for row in result["rows"]:
+        waves, lines = row["families"]["waves"], row["families"]["lines"]
+        assert waves["episodes"] + lines["episodes"] == 5
+        both = sum(one["mse"] * one["episodes"] for one in (waves, lines)) / 5
+        assert np.isclose(both, row["scores"]["result"]["mse"], rtol=1e-5)
     single, noisy, _ = (row["scores"]["protocol"] for row in result["rows"])
     assert (single["model"], noisy["model"]) == ("single", "ensemble of 10")
     assert single["nll_noise"] == noisy["nll_noise"] == 0.3

@@ -1,11 +1,17 @@
 """The command line on embeddings: LEO and its rivals on a file of features."""
 
+import dataclasses
+import io
 import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from adaptax.algorithms import leo
 from adaptax.cli import main
+from adaptax.cli.progress import watching
+from adaptax.recipes.embedded import embedded
 from adaptax.tasks.embeddings import write
 
 
@@ -25,12 +31,17 @@ def features(tmp_path_factory):
     return path
 
 
-def test_train_leo(features, tmp_path, capsys):
+def test_train_leo(features, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(leo, "COLLAPSED", 1e9)
     words = ["train", "leo", "embeddings", "--path", str(features), "--way", "3", "--shot", "2",
              "--steps", "4", "--meta-batch", "2", "--episodes", "5",
              "--run", str(tmp_path / "leo")]  # fmt: skip
     assert main([*words, "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    # Of all the records, the first is warned about.
+    assert printed.err.count("warning: step 4: LEO's latent has collapsed: the codes of diff") == 1
+    result = json.loads(printed.out)
+    assert result["protocol"]["trained_on"] == "train"
     assert [row["step"] for row in result["curve"]] == list(range(11))
     assert result["protocol"]["query"] == 16  # all that remain
     assert result["experiment"]["network"] == {"linear": 8}
@@ -50,6 +61,22 @@ def test_compare_on_embeddings(features, tmp_path, capsys):
     scores = {one["algorithm"]: one["scores"]["own protocol"] for one in result["algorithms"]}
     assert scores["class-mean"]["mean"] > 0.8  # classes are far apart
     assert set(scores) == {"class-mean", "meta-sgd"}
+
+
+def test_the_protocol_names_the_classes_that_were_trained_on(features):
+    task = {"path": str(features), "way": 3, "shot": 1, "query": 2, "train_and_val": True}
+    means = dataclasses.replace(embedded("class-mean", 3, 1), task=task, network={"linear": 8})
+    report = means.test(means.untrained(), means.splits(), episodes=2)
+    assert report.protocol["trained_on"] == "train and val"
+
+
+def test_a_warning_is_printed_when_it_begins():
+    console = Console(file=io.StringIO(), width=200)
+    wrong = {2: "too low", 3: "too low", 5: "too low"}
+    with watching("LEO", 6, console, lambda record: wrong.get(record["step"])) as watch:
+        for step in range(1, 7):
+            watch({"step": step, "seconds": 1.0, "loss": 1.0})
+    assert console.file.getvalue() == "warning: step 2: too low\nwarning: step 5: too low\n"
 
 
 @pytest.mark.parametrize(

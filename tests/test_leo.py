@@ -344,7 +344,7 @@ def test_without_steps_it_is_its_generator():
 
 @double
 def test_a_support_in_another_order_and_other_classes():
-    learner = small()
+    learner = small(dropout=0.3)
     meta, support = learner.init(head(), key=KEY), TASKS.sample(KEY).support
     found = classifier(learner, meta, support)
     assert np.array_equal(found, classifier(learner, meta, support))
@@ -377,6 +377,45 @@ def test_the_meta_loss_is_the_sum_of_its_terms():
     code = networks.encode(networks.features(task.support))
     assert np.isclose(parts["latent_std"], np.mean(code.std), rtol=1e-12)
     assert np.isclose(parts["latent_spread"], np.std(code.mean[:, 0], axis=0).mean(), rtol=1e-12)
+
+
+@double
+def test_the_meta_loss_against_plain_loops():
+    """A sum over the support, fresh noise and dropout at every step, a weight for each shot."""
+    learner = small(inner_steps=2, finetune_steps=2, dropout=0.3, reduction="sum")
+    meta, task = learner.init(head(), key=KEY), TASKS.sample(KEY)
+    networks, at = meta["networks"], jax.random.fold_in
+    code, noise, encoder, latent, tune, _ = jax.random.split(KEY, 6)
+
+    def drop(x, key):
+        return jnp.where(leo_terms.kept(key, 0.3, x.shape), x / (round(0.7 * 2**16) / 2**16), 0)
+
+    def loss(w, batch, key):
+        logits = drop(batch.x, key) @ w.mean(axis=1).T
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.y).sum()
+
+    def decode(z, step):
+        m, u = jnp.split(z @ networks.decoder, 2, axis=-1)
+        sigma = jnp.maximum(jnp.exp(u) - (1 - np.sqrt(2 / (4 + 3))), 1e-10)
+        return m + sigma * jax.random.normal(at(noise, step), (3, 2, 4))
+
+    def plain():
+        q = networks.encode(drop(task.support.x.reshape(3, 2, 4), encoder))
+        drawn = jax.random.normal(code, (3, 2, 3))
+        z = start = q.mean + q.std * drawn
+        for i in range(2):
+            step = lambda z, i=i: loss(decode(z, i), task.support, at(latent, i))
+            z = z - 0.3 * jax.grad(step)(z)
+        w = decode(z, 2)
+        for i in range(2):
+            w = w - 0.1 * jax.grad(loss)(w, task.support, at(tune, i))
+        kl = jnp.mean(start**2 / 2 - drawn**2 / 2 - jnp.log(q.std))
+        query = loss(w, task.query, at(KEY, 1)) / task.query.size
+        return query, kl, jnp.mean((z - start) ** 2)
+
+    _, parts = program(learner)(meta, task, KEY)[0]
+    found = [parts[name] for name in ("query_loss", "kl", "encoder_penalty")]
+    assert np.allclose(found, jax.jit(plain)(), rtol=1e-11, atol=0)
 
 
 def test_every_step_draws_anew_and_every_shot_for_itself():
@@ -453,12 +492,17 @@ def test_training_on_nan_is_an_error():
 
 
 def test_a_collapsed_latent_is_said():
-    fine = {"latent_spread": 0.3, "latent_std": 0.1}
-    assert ax.LEO.collapsed(fine) is None
-    assert "codes of different classes" in ax.LEO.collapsed({**fine, "latent_spread": 1e-9})
-    assert "noise of its codes" in ax.LEO.collapsed({**fine, "latent_std": 1e-10})
-    # As it happens: an encoder of zeros.
     learner, task = small(), TASKS.sample(KEY)
+    fine = {"latent_spread": 0.3, "latent_std": 0.1}
+    one, none = {**fine, "latent_spread": 1e-9}, {**fine, "latent_std": 1e-10}
+    assert learner.collapsed(fine) is None
+    assert "codes of different classes are 1.0e-09 apart" in learner.collapsed(one)
+    assert "all codes are within 1.0e-09" in regressor().collapsed(one)
+    assert "noise of its codes" in learner.collapsed(none)
+    # What is so by choice is no collapse.
+    assert small(prior="random").collapsed(one) is None
+    assert small(stochastic=False).collapsed(none) is None
+    # As it happens: an encoder of zeros.
     meta = learner.init(head(), key=KEY)
     assert learner.collapsed(program(learner)(meta, task, KEY)[0][1]) is None
     meta["networks"] = eqx.tree_at(lambda n: n.encoder, meta["networks"], jnp.zeros((4, 3)))

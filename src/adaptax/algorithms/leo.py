@@ -256,12 +256,12 @@ class LEO(MetaLearner):
             "stochastic": self.stochastic,
         }
 
-    @staticmethod
-    def collapsed(metrics: Mapping[str, Any]) -> str | None:
+    def collapsed(self, metrics: Mapping[str, Any]) -> str | None:
         """A sentence if the latent has collapsed, else `None`.
 
-        Either the codes of all classes coincide, so that they say nothing of the support, or their
-        noise is gone, so that the KL, which holds them near the prior, has no hold. For `fit`:
+        Either the codes coincide, so that they say nothing of the support, or their noise is gone,
+        so that the KL, which holds them near the prior, has no hold. A random prior and a
+        deterministic code are so by choice. The command line says it; for `fit`:
 
             watch=lambda record: print(learner.collapsed(record) or "")
 
@@ -269,12 +269,14 @@ class LEO(MetaLearner):
             metrics: of `meta_loss`, or a record of `fit`'s history.
         """
         spread, std = (float(metrics.get(name, 1)) for name in ("latent_spread", "latent_std"))
-        if spread < COLLAPSED:
+        if spread < COLLAPSED and self.prior == "data":
+            which = "the codes of different classes are" if self.codes == "class" else "all codes"
+            apart = f"{spread:.1e} apart" if self.codes == "class" else f"are within {spread:.1e}"
             return (
-                f"LEO's latent has collapsed: the codes of different classes are {spread:.1e} "
-                "apart and say nothing of the support; lower kl_weight or the outer step size"
+                f"LEO's latent has collapsed: {which} {apart} and say nothing of the support; "
+                "lower kl_weight or the outer step size"
             )
-        if std < COLLAPSED:
+        if std < COLLAPSED and self.stochastic:
             return (
                 f"LEO's latent has collapsed: the noise of its codes is {std:.1e}, so they are "
                 "points; raise kl_weight, or say stochastic=False if that is wanted"

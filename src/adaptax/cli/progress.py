@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ..report import number
 
+Warn = Callable[[dict[str, Any]], str | None]
+
 
 class Watcher:
     """Follows a training; `fit(watch=...)` calls it with every new record.
@@ -18,11 +20,12 @@ class Watcher:
     Args:
         bar: where to show it.
         task: the line of the bar.
+        warn: a sentence if something is wrong with a record, such as `LEO.collapsed`.
     """
 
-    def __init__(self, bar: Progress, task: Any):
-        self.bar, self.task = bar, task
-        self.step, self.rate, self.validation = 0, 0.0, ""
+    def __init__(self, bar: Progress, task: Any, warn: Warn | None = None):
+        self.bar, self.task, self.warn = bar, task, warn
+        self.step, self.rate, self.validation, self.warned = 0, 0.0, "", False
 
     def start(self, step: int) -> None:
         """Begin at a step, for a resumed run."""
@@ -30,7 +33,11 @@ class Watcher:
         self.bar.update(self.task, completed=step)
 
     def __call__(self, record: dict[str, Any]) -> None:
-        """Show a record."""
+        """Show a record, and say what is wrong with it when it begins to be."""
+        wrong = None if self.warn is None else self.warn(record)
+        if wrong is not None and not self.warned:
+            self.bar.console.print(f"warning: step {record['step']:,}: {wrong}", soft_wrap=True)
+        self.warned = wrong is not None
         now = max(record["step"] - self.step, 0) / max(record["seconds"], 1e-9)
         # The first chunk compiles, so that its speed says nothing about the second.
         first = self.rate == 0.0
@@ -52,8 +59,10 @@ class Watcher:
 
 
 @contextmanager
-def watching(title: str, steps: int, console: Console) -> Iterator[Watcher]:
-    """A progress bar on a terminal, and nothing elsewhere."""
+def watching(
+    title: str, steps: int, console: Console, warn: Warn | None = None
+) -> Iterator[Watcher]:
+    """A progress bar on a terminal, and nothing but warnings elsewhere."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -63,7 +72,8 @@ def watching(title: str, steps: int, console: Console) -> Iterator[Watcher]:
         disable=not console.is_terminal,
     )
     with bar:
-        yield Watcher(bar, bar.add_task(title, total=steps, status="compiling", records=0))
+        task = bar.add_task(title, total=steps, status="compiling", records=0)
+        yield Watcher(bar, task, warn)
 
 
 @contextmanager

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -26,6 +28,8 @@ from ..recipes import (
     with_noise,
 )
 from ..report import calibration, number, uncertainty
+from ..task import episode_key
+from ..tasks.lines import SinusoidOrLine
 from . import settings
 from .app import Interrupted
 from .commands import Compare
@@ -87,6 +91,28 @@ def beyond(one: Report, other: Report, metric: str = "r2") -> tuple[float, float
     if len(gain) < 2:
         return float(np.mean(gain)), math.nan
     return float(np.mean(gain)), 1.96 * float(np.std(gain, ddof=1)) / math.sqrt(len(gain))
+
+
+def families(entry: Entry) -> dict[str, dict[str, Any]]:
+    """Squared error of waves and of lines, where the tasks are either."""
+    tasks = entry.trained.test.test
+    if not isinstance(tasks, SinusoidOrLine):
+        return {}
+    mse = entry.report.values["mse"][:, -1]
+    # The episodes of `Experiment.test`.
+    key_of = functools.partial(episode_key, tasks.split, jax.random.key(2**31))
+    is_line = jax.jit(jax.vmap(lambda i: tasks.parameters(key_of(i)).is_line))
+    lines = np.asarray(is_line(jnp.arange(len(mse), dtype=jnp.uint32)))
+    found = {}
+    for name, some in (("waves", mse[~lines]), ("lines", mse[lines])):
+        deviation = float(np.std(some, ddof=1)) if len(some) > 1 else math.nan
+        found[name] = {
+            "episodes": len(some),
+            "mse": float(np.mean(some)) if len(some) else math.nan,
+            "mse_ci95": 1.96 * deviation / math.sqrt(max(len(some), 1)),
+            "median_mse": float(np.median(some)) if len(some) else math.nan,
+        }
+    return found
 
 
 def compare(asked: Compare) -> None:
@@ -164,6 +190,7 @@ def _finish(entries: list[Entry], asked: Compare, family: str, path: Path, out: 
                 "seconds": entry.trained.seconds,
                 "best_step": entry.trained.step,
                 "scores": entry.report.to_json(),
+                **({"families": found} if (found := families(entry)) else {}),
                 **_beyond_ridge(entry, entries),
                 "experiment": entry.trained.experiment.to_json(),
             }
@@ -209,12 +236,15 @@ def _table(entries: list[Entry], title: str) -> Table:
     ridge = _ridge(entries)
     if ridge is not None:
         table.add_column("R² minus ridge's", justify="right")
+    for name in families(entries[0]):
+        table.add_column(f"MSE, {name}", justify="right")
     if entries[0].report.bins is not None:
         table.add_column("ECE", justify="right")
     table.add_column("trained in", justify="right")
     for entry in entries:
         cells = [number(name, *entry.score(name)) for name in shown]
         cells += [number("r2", *beyond(entry.report, ridge.report))] if ridge is not None else []
+        cells += [number("mse", one["mse"], one["mse_ci95"]) for one in families(entry).values()]
         cells += [f"{entry.report.ece():.3f}"] if entry.report.bins is not None else []
         table.add_row(entry.name, *cells, f"{entry.trained.seconds:.0f} s")
     return table

@@ -407,8 +407,9 @@ class Experiment:
         judge = tasks.evaluator if hasattr(tasks, "evaluator") else _evaluator(tasks)
         # A stream apart from training's, and the same for every experiment.
         report = judge(learner, **how)(meta, key=jax.random.key(2**31))
+        trained_on = "train and val" if self.task.get("train_and_val") else "train"
         protocol = {
-            **report.protocol, "algorithm": TITLES[self.algorithm], "trained_on": "train"
+            **report.protocol, "algorithm": TITLES[self.algorithm], "trained_on": trained_on
         }  # fmt: skip
         return dataclasses.replace(report, protocol=protocol)
 
