@@ -512,6 +512,13 @@ def test_what_cannot_be_learned_from():
         adapt(learner, meta, none)
     with pytest.raises(ValueError, match="the task's query has no examples"):
         learner.meta_loss(meta, ax.Task(task.support, none), key=KEY)
+    unlabelled = ax.Task(task.support, ax.Batch(task.query.x, None))
+    for how, said in (("bfa", "without targets"), ("chaser", "the leader learns from them")):
+        with pytest.raises(ValueError, match=said):
+            ax.BayesianMAML(mse, particles=2, objective=how).meta_loss(meta, unlabelled, key=KEY)
+    members = ax.MAMLEnsemble(mse, particles=2)
+    with pytest.raises(ValueError, match="a batch without examples"):
+        members.adapt(nets(2), none, key=KEY)
     nothing = ax.BayesianMAML(mse, 0.1, particles=2, chase=ax.tree.under("tail"))
     with pytest.raises(ValueError, match="chase chose no parameter that particles differ in"):
         nothing.meta_loss(meta, task, key=KEY)

@@ -66,3 +66,19 @@ def test_normal_is_the_log_density():
     assert np.isclose(summed, each.mean(axis=1).sum(), rtol=1e-5)
     with pytest.raises(ValueError, match="above 0"):
         ax.losses.normal(predict, batch, noise=0.0)
+
+
+GAUSSIAN = ax.Gaussian(ax.models.MLP(3, 3, (), key=jax.random.key(0)))
+
+
+@pytest.mark.parametrize(
+    ("loss", "model", "y"),
+    [(mse, predict, X), (relative_mse, predict, X), (ax.losses.normal, predict, X),
+     (cross_entropy, predict, jnp.zeros(6, int)), (ax.gaussian_nll, GAUSSIAN, X)],
+)  # fmt: skip
+def test_batches_without_examples_or_targets_are_refused(loss, model, y):
+    assert np.isfinite(loss(model, ax.Batch(X, y)))
+    with pytest.raises(ValueError, match="a batch without targets, y=None"):
+        loss(model, ax.Batch(X, None))
+    with pytest.raises(ValueError, match="a batch without examples"):
+        loss(model, ax.Batch(X[:0], y[:0]))

@@ -386,6 +386,23 @@ def test_tasks_without_examples_are_refused():
         adapt(learner, meta, none)
     with pytest.raises(ValueError, match="the task's query has no examples"):
         learner.meta_loss(meta, ax.Task(task.support, none), key=KEY)
+    unlabelled = ax.Task(task.support, ax.Batch(task.query.x, None))
+    with pytest.raises(ValueError, match="a loss was asked of a batch without targets"):
+        learner.meta_loss(meta, unlabelled, key=KEY)
+    # To predict no labels are needed.
+    assert adapt(learner, meta, task.support)(unlabelled.query.x).shape == (10, 6, 1)
+
+
+def test_queries_without_targets_cannot_be_scored():
+    class Unlabelled(ax.TaskDistribution):
+        split: str = eqx.field(static=True, default="test")
+
+        def sample(self, key):
+            task = first(waves())
+            return ax.Task(task.support, ax.Batch(task.query.x, None))
+
+    with pytest.raises(ValueError, match="queries have no targets, y=None, to score"):
+        ax.evaluate(ax.MAML(mse, 0.1), net(), Unlabelled(), episodes=2, key=KEY)
 
 
 def test_it_starts_from_what_init_from_says():

@@ -341,6 +341,11 @@ class Evaluator:
         query = task.query.draw(before, query_key)
         if query.size == 0:
             raise ValueError("the tasks have no queries to score; sample them with query=1 or more")
+        if query.y is None:
+            raise ValueError(
+                "the tasks' queries have no targets, y=None, to score predictions by; give "
+                "labelled queries, or call the adapted model on their x"
+            )
         self._facts["at"] = chosen if length > 1 else [None]
         self._facts["particles"] = getattr(before, "particles", 1)
         self._facts["backbone"] = _backbone(before)

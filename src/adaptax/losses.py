@@ -32,8 +32,10 @@ def mse(model: Model, batch: Batch, *, reduction: Reduction = "mean") -> Float[A
         reduction: `"mean"` or `"sum"` over the examples.
 
     Raises:
-        ValueError: if predictions and targets differ in shape, which would broadcast silently.
+        ValueError: if predictions and targets differ in shape, which would broadcast silently; if
+            the batch is empty or without targets.
     """
+    labelled(batch)
     predictions = model(batch.x)
     if predictions.shape != batch.y.shape:
         raise ValueError(
@@ -97,8 +99,10 @@ def cross_entropy(model: Model, batch: Batch, *, reduction: Reduction = "mean") 
             mean (MAML's code: the paper's step 0.4 on this loss is 2.0 on the mean for 5 ways).
 
     Raises:
-        ValueError: if the labels are not integers, one for each prediction.
+        ValueError: if the labels are not integers, one for each prediction; if the batch is empty
+            or without labels.
     """
+    labelled(batch)
     logits = model(batch.x)
     if not jnp.issubdtype(batch.y.dtype, jnp.integer) or batch.y.shape != logits.shape[:-1]:
         raise ValueError(
@@ -107,6 +111,27 @@ def cross_entropy(model: Model, batch: Batch, *, reduction: Reduction = "mean") 
         )
     each = optax.softmax_cross_entropy_with_integer_labels(logits, batch.y)
     return _reduce(each, reduction, way=logits.shape[-1])
+
+
+def labelled(batch: Batch) -> None:
+    """That a batch has examples, with targets, so that a loss of it has a meaning.
+
+    Args:
+        batch: of the support or the queries.
+
+    Raises:
+        ValueError: if it has not.
+    """
+    if batch.y is None:
+        raise ValueError(
+            "a loss was asked of a batch without targets, y=None; give the support labels to learn "
+            "from and the queries labels to be judged by, or call the adapted model on queries.x"
+        )
+    if batch.size == 0:
+        raise ValueError(
+            "a loss was asked of a batch without examples, of which there is no mean; sample tasks "
+            "with a support and queries of one or more"
+        )
 
 
 def _reduce(each: Float[Array, " n"], reduction: Reduction, way: int) -> Float[Array, ""]:

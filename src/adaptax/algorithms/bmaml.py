@@ -200,8 +200,14 @@ class BayesianMAML(MetaLearner):
             query = nonempty(task.query, "query").draw(chaser, query_key)
             losses = chaser.map(lambda model: self.loss(model, query))
             return math.log(len(losses)) - jax.nn.logsumexp(-losses)
-        # The leader may see all there is: what the chaser saw, and the queries.
+        # The leader may see all there is: what the chaser saw, and the queries, of which there may
+        # be none.
         seen = [source.draw(there, query_key) for source in (task.support, task.query)]
+        if seen[1].y is None:
+            raise ValueError(
+                "the task's query has no targets, y=None, and the leader learns from them; give "
+                "labelled queries, or none, shapes (0, ...)"
+            )
         union = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *seen)
         start = inner.stop(there)
         leader = inner.stop(self._descend(start, union, leader_key, self._leader_steps).model)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from .. import tree
+from ..losses import labelled
 from ..task import Batch, Model
 
 
@@ -69,8 +70,9 @@ def gaussian_nll(model: Gaussian, batch: Batch) -> Float[Array, ""]:
         batch: float targets `(n, out)`.
 
     Raises:
-        ValueError: if predictions and targets differ in shape.
+        ValueError: if predictions and targets differ in shape, or there are none.
     """
+    labelled(batch)
     predictions = model(batch.x)
     if predictions.shape != batch.y.shape:
         raise ValueError(
