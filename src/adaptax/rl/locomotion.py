@@ -197,13 +197,20 @@ def _made(name: str, backend: str) -> Simulator:
     with warnings.catch_warnings(), silent, jax.ensure_compile_time_eval():
         warnings.simplefilter("ignore")
         try:
+            import mujoco
             from brax import envs
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 f"rl.Locomotion needs {error.name}, which is not installed; "
                 "pip install 'adaptax[rl]'"
             ) from error
-        env = envs.get_environment(name, backend=backend)
+        # MuJoCo, which reads the description, warns on the console and in a file.
+        warn = mujoco.get_mju_user_warning()
+        mujoco.set_mju_user_warning(lambda text: None)
+        try:
+            env = envs.get_environment(name, backend=backend)
+        finally:
+            mujoco.set_mju_user_warning(warn)
         reset, step = jax.jit(env.reset), jax.jit(env.step)
         seen = jax.eval_shape(reset, jax.random.key(0)).obs
         seconds, shape = float(env.dt), _shape(env.sys)
