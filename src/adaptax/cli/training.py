@@ -162,7 +162,8 @@ def fit(config: dict[str, Any], path: Path, resume: bool, go_on: str, console: C
                 watch.start(max((record["step"] for record in run.metrics()), default=0))
             how = {"validation": _validation(experiment), **config["training"]}
             if experiment.tasks in ENVIRONMENTS:
-                how.setdefault("validate_every", max(experiment.steps // 20, 1))
+                times = 10 if experiment.tasks in BODIES else 20
+                how.setdefault("validate_every", max(experiment.steps // times, 1))
             result = experiment.train(
                 splits, run, init_from=start, validate=splits.val, watch=watch, resume=resume, **how
             )

@@ -186,12 +186,12 @@ COMPARED_IN = {
 }
 """What is compared by default."""
 
-_SHORT_RUN = "200 meta-iterations of 6 tasks, 10 trajectories of 100 steps, KL up to 0.02"
+_SHORT_RUN = "150 meta-iterations of 4 tasks, 10 trajectories of 100 steps, KL up to 0.02"
 _ON_BODIES: dict[str, Any] = {
     "task": {"trajectories": 10, "horizon": 100},
     "outer": {"trpo": 0.02, "curvature": 0.25},
-    "meta_batch": 6,
-    "steps": 200,
+    "meta_batch": 4,
+    "steps": 150,
     "evaluation": {"trajectories": 10},
 }
 SHORT: dict[str, dict[str, Any]] = {
