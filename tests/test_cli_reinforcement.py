@@ -55,12 +55,18 @@ def test_compare_has_baselines_and_the_papers_numbers(here, capsys, monkeypatch)
         "meta_batch": 2, "evaluation": {"goals": 3, "trajectories": 2},
     }  # fmt: skip
     monkeypatch.setitem(reinforcement.SHORT, "navigation", tiny)
-    assert main(["compare", "navigation", "--algorithms", "maml", "bmaml", "--out", "both"]) == 0
+    names = ["maml", "bmaml", "pretrained"]
+    assert main(["compare", "navigation", "--algorithms", *names, "--out", "both"]) == 0
     text = capsys.readouterr().out
     assert all(word in text for word in ("Random policy", "Oracle", "-40.41 / -11.68"))
     rows = json.loads((here / "both" / "comparison.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["MAML", "BMAML", "Oracle", "Random policy"]
-    assert [len(row["curve"]) for row in rows] == [4, 4, 1, 4]
+    assert [row["name"] for row in rows] == [
+        "MAML", "BMAML", "Pretrained", "Pretrained, stopped early", "Oracle", "Random policy",
+    ]  # fmt: skip
+    assert [len(row["curve"]) for row in rows] == [4, 4, 4, 4, 1, 4]
+    assert rows[2]["step"] == 2
+    assert rows[2]["paper"]
+    assert not rows[3]["paper"]
     assert rows[1]["protocol"]["particles"] == 5
     assert rows[1]["experiment"]["outer"] == {"trpo": 0.01, "curvature": 0.25, "each": False}
     assert rows[0]["paper"] == {str(k): v for k, v in RETURNS["navigation"]["MAML"].items()}

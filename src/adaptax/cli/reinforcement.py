@@ -25,6 +25,9 @@ from .facts import command, dump, facts, keep
 from .training import Trained, behaviour, consoles, fit_or_go_on, free_folder, save_figure
 
 RANDOM, ORACLE = "Random policy", "Oracle"
+STOPPED = "Pretrained, stopped early"
+"""By the returns after adaptation on validation goals, as the meta-learners are; joint training
+itself has nothing to stop by, and the row `Pretrained` is of its end, as in MAML's paper."""
 
 
 def compare(asked: Compare) -> None:
@@ -40,10 +43,12 @@ def compare(asked: Compare) -> None:
             trained[name] = fit_or_go_on(
                 experiment, path / name.lower(), go_on, progress, data_root=None
             )
-        found = {
-            TITLES.get(name, name): one.experiment.test(one.meta, one.test)
-            for name, one in trained.items()
-        }
+        found = {}
+        for name, one in trained.items():
+            meta = one.last if name == "pretrained" else one.meta
+            found[TITLES.get(name, name)] = one.experiment.test(meta, one.test)
+            if name == "pretrained":
+                found[STOPPED] = one.experiment.test(one.meta, one.test)
         first = next(iter(trained.values()))
         found[RANDOM] = first.experiment.test(first.experiment.untrained(), first.test)
         _finish(found, trained, asked, tasks, path, out)
@@ -77,14 +82,19 @@ def _finish(
     figures |= behaviour(next(iter(trained.values())))
     plots = [save_figure(figure, path / f"{name}.png") for name, figure in figures.items()]
     by_title = {TITLES.get(name, name): one for name, one in trained.items()}
+    if "pretrained" in trained:
+        by_title[STOPPED] = trained["pretrained"]
     rows: list[dict[str, Any]] = []
     for name, scores in found.items():
         one = by_title.get(name)
-        about = {} if one is None else {
-            "seconds": one.seconds,
-            "best_step": one.step,
-            "experiment": one.experiment.to_json(),
-        }  # fmt: skip
+        about: dict[str, Any] = {}
+        if one is not None:
+            last = one.experiment.algorithm == "pretrained" and name not in (STOPPED, ORACLE)
+            about = {
+                "seconds": one.seconds,
+                "step": one.experiment.steps if last else one.step,
+                "experiment": one.experiment.to_json(),
+            }
         rows.append({"name": name, "paper": paper.get(name, {}), **about, **scores.to_json()})
     result = {
         "title": title,
@@ -99,6 +109,9 @@ def _finish(
         return
     out.print(returns_table(found, title, paper))
     out.print("± is the 95 % confidence interval over tasks; every learner sees the same ones.")
+    for row in rows:
+        if "step" in row:
+            out.print(f"{row['name']}: of meta-iteration {row['step']}, {row['seconds']:.0f} s")
     for name, scores in found.items():
         out.print(f"{name}: {protocol_line(scores.protocol)}", soft_wrap=True)
     names = ", ".join(plot.name for plot in plots)

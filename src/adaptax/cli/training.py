@@ -50,6 +50,7 @@ class Trained:
         experiment: with the tuned step size, if it had one to tune.
         meta: the best meta-parameters.
         kept: the best few, stacked.
+        last: the last.
         step: the step they are from.
         stopped: why training ended.
         history: its records.
@@ -59,6 +60,7 @@ class Trained:
     experiment: Experiment
     meta: Meta
     kept: Meta
+    last: Meta
     step: int
     stopped: str
     history: list[dict[str, Any]]
@@ -175,8 +177,9 @@ def fit(config: dict[str, Any], path: Path, resume: bool, go_on: str, console: C
         if experiment.tune or experiment.tune_noise:
             run.write_config({**config, "tuned": tuned.to_json()})
     return Trained(
-        tuned, result.meta, result.kept, result.best_step, result.stopped, result.history, test
-    )
+        tuned, result.meta, result.kept, result.last, result.best_step, result.stopped,
+        result.history, test,
+    )  # fmt: skip
 
 
 def _start(
