@@ -101,6 +101,7 @@ def test_returns_by_gradient_step(tmp_path):
     own = rl.evaluate(learner, policy, TASKS, **how)
     np.testing.assert_allclose(own.values[:, :2], given.values[:, :2], rtol=1e-5)
     assert not np.allclose(own.values[:, 2], given.values[:, 2], rtol=1e-5)
+    assert "function" not in str(given)
     column = given.values[:, 1]
     np.testing.assert_allclose(given.mean(step=1), column.mean())
     np.testing.assert_allclose(given.ci95(step=1), 1.96 * column.std(ddof=1) / 5**0.5)

@@ -148,6 +148,7 @@ class Evaluator:
                 f"{goals}, {trajectories}, {batch} and {steps}"
             )
         self.learner = learner if lr is None else _with_rates(learner, lr)
+        self._about = learner.describe()
         self.tasks = dataclasses.replace(tasks, trajectories=trajectories)
         self.goals, self.steps, self.lr, self.batch = goals, steps, lr, batch
         self._program: Callable[..., Any] = eqx.filter_jit(self._all)
@@ -164,7 +165,7 @@ class Evaluator:
             )
         values = np.where(sound, values, np.nan)
         protocol = {
-            **self.learner.describe(),
+            **self._about,
             **self.tasks.describe(),
             "goals": self.goals,
             "steps": self.steps,
