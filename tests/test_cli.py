@@ -321,11 +321,11 @@ def test_analyze_active(sine_run, here, capsys):
     assert main([*words, "--labels", "9"]) == 2
     assert "pool" in capsys.readouterr().err
     more = ["--split", "val", "--query", "7", "--labels", "1", "--strategies", "random",
-            "disagreement"]  # fmt: skip
+            "disagreement", "--set", "learner.eval_steps=3"]  # fmt: skip
     assert main([*words, *more]) == 0
     assert "gain of disagreement" in " ".join(capsys.readouterr().out.split())
     protocol = json.loads((here / "game" / "active.json").read_text())["learners"][0]["protocol"]
-    assert (protocol["split"], protocol["query"]) == ("val", 7)
+    assert (protocol["split"], protocol["query"], protocol["eval_steps"]) == ("val", 7, 3)
 
 
 def test_ablate_trains_tests_and_goes_on(here, capsys, monkeypatch):

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +42,16 @@ def test_cross_entropy_by_numpy():
         "mean": each.mean(), "sum": each.sum(), "sum/shot": each.sum() / 2
     }.items():  # fmt: skip
         assert np.isclose(cross_entropy(predict, batch, reduction=reduction), expected, rtol=1e-5)
+
+
+def test_the_balanced_loss_counts_every_class_once():
+    balanced = partial(cross_entropy, reduction="balanced")
+    even = ax.Batch(X, jnp.array([0, 1, 2, 0, 1, 2]))
+    assert np.isclose(balanced(predict, even), cross_entropy(predict, even), rtol=1e-6)
+    y = np.array([2, 0, 0, 2, 0, 0])  # class 1 does not occur
+    each = -np.asarray(jax.nn.log_softmax(X))[np.arange(6), y]
+    expected = (each[y == 0].mean() + each[y == 2].mean()) / 2
+    assert np.isclose(balanced(predict, ax.Batch(X, jnp.asarray(y))), expected, rtol=1e-6)
 
 
 def test_extreme_logits_stay_finite():

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from .task import Batch, Model
 
 Loss = Callable[[Model, Batch], Float[Array, ""]]
-Reduction = Literal["mean", "sum", "sum/shot"]
+Reduction = Literal["mean", "sum", "sum/shot", "balanced"]
 
 
 def mse(model: Model, batch: Batch, *, reduction: Reduction = "mean") -> Float[Array, ""]:
@@ -96,7 +96,10 @@ def cross_entropy(model: Model, batch: Batch, *, reduction: Reduction = "mean") 
         batch: integer labels `(n,)` in `[0, way)`.
         reduction: `"mean"` (default) or `"sum"` over the examples, or `"sum/shot"`: the sum over
             `n` examples of `way` classes divided by the shots `n / way`, that is `way` times the
-            mean (MAML's code: the paper's step 0.4 on this loss is 2.0 on the mean for 5 ways).
+            mean (MAML's code: the paper's step 0.4 on this loss is 2.0 on the mean for 5 ways);
+            or `"balanced"`: the mean over the classes that occur of the mean over their examples.
+            Where all occur equally often, as in an episode, it is the mean; where some have more
+            labels than others, as in active learning, each class still counts as one.
 
     Raises:
         ValueError: if the labels are not integers, one for each prediction; if the batch is empty
@@ -110,6 +113,10 @@ def cross_entropy(model: Model, batch: Batch, *, reduction: Reduction = "mean") 
             f"{batch.y.dtype} of shape {batch.y.shape}; use labels 0..way-1, not one-hot vectors"
         )
     each = optax.softmax_cross_entropy_with_integer_labels(logits, batch.y)
+    if reduction == "balanced":
+        y = batch.y.ravel()
+        count = jnp.sum(y[:, None] == y, axis=1)  # of its class, for every example
+        return jnp.sum(each.ravel() / count) / jnp.sum(1 / count)
     return _reduce(each, reduction, way=logits.shape[-1])
 
 
@@ -142,4 +149,7 @@ def _reduce(each: Float[Array, " n"], reduction: Reduction, way: int) -> Float[A
             return jnp.sum(each)
         case "sum/shot":
             return way * jnp.mean(each)
-    raise ValueError(f'reduction is "mean", "sum" or "sum/shot", not {reduction!r}')
+    raise ValueError(
+        'reduction is "mean", "sum" or "sum/shot", for cross_entropy "balanced" too, '
+        f"not {reduction!r}"
+    )

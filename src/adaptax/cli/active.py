@@ -16,6 +16,7 @@ from .commands import AnalyzeActive
 from .facts import command, dump, facts, keep
 from .inspection import load
 from .progress import scoring
+from .settings import with_settings
 from .training import consoles, free_folder, save_figure
 
 
@@ -26,6 +27,7 @@ def active(asked: AnalyzeActive) -> None:
     families = set()
     for folder in asked.runs:
         experiment, meta, _, config = load(folder)
+        experiment = with_settings(experiment, asked.set)
         families.add(experiment.tasks)
         if len(families) > 1:
             raise ValueError(

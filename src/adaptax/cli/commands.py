@@ -458,6 +458,8 @@ class AnalyzeActive:
     """test tasks"""
     split: Literal["test", "val"] = "test"
     """whose tasks: val to choose settings by"""
+    set: UseAppendAction[tuple[str, ...]] = ()
+    """any setting of how the runs adapt, such as `--set learner.reduction=balanced`"""
     seed: int = 0
     """names the tasks"""
     data_root: Word = None
