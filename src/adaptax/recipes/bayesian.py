@@ -104,7 +104,9 @@ def adapted(algorithm: str, maml: Experiment) -> Experiment:
     network, outer = dict(maml.network), dict(maml.outer)
     rate, steps = learner["inner_lr"], learner["inner_steps"]
     eval_steps = learner.get("eval_steps", steps)
-    loss = {name: learner[name] for name in ("loss", "noise", "reduction") if name in learner}
+    loss: dict[str, Any] = {
+        name: learner[name] for name in ("loss", "noise", "reduction") if name in learner
+    }
     match algorithm:
         case "meta-sgd":
             learner.pop("eval_steps", None)
