@@ -535,6 +535,17 @@ def test_regression_generates_every_weight_and_starts_about_the_model():
     assert np.array_equal(classes.features(labels), [[1, 1, 0, 0], [1, 0, 0, 1]])
 
 
+def test_regression_learns_its_rates_in_units_of_where_they_start():
+    learner = regressor(inner_lr=0.05, outer_lr=1e-3)
+    meta = learner.init(ax.models.MLP(1, 1, (4,), key=KEY), key=KEY)
+    trained = ax.tree.parameters(meta)
+    ones, optimizer = jax.tree.map(jnp.ones_like, trained), learner.optimizer(1)
+    updates, _ = optimizer.update(ones, optimizer.init(trained), trained)
+    for name, size in (("networks", 1e-3), ("inner_lr", 5e-5), ("finetune_lr", 1e-5)):
+        for leaf in jax.tree.leaves(updates[name]):
+            assert np.allclose(leaf, -size, rtol=1e-4)
+
+
 # What it refuses
 
 

@@ -237,11 +237,23 @@ class LEO(MetaLearner):
         return self._objective(meta, task, key, end)[0]
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
-        """Adam after both clips."""
-        clips = []
+        """Adam after both clips.
+
+        With `codes="task"` the steps of the rates are in units of where the rates start: others
+        take those of fine-tuning, which start small, from there to where all of them diverge.
+        """
+        parts = []
         if self.clip is not None:
-            clips = [optax.clip(self.clip), clip_each_by_norm(self.clip)]
-        return optax.chain(*clips, optax.adam(self.outer_lr))
+            parts = [optax.clip(self.clip), clip_each_by_norm(self.clip)]
+        parts.append(optax.adam(self.outer_lr))
+        if self.codes == "task":
+            units = {"networks": 1.0, "inner_lr": self.inner_lr, "finetune_lr": self.finetune_lr}
+
+            def scaled(updates: Meta, _: Any) -> Meta:
+                return {name: optax.tree.scale(units[name], part) for name, part in updates.items()}
+
+            parts.append(optax.stateless(scaled))
+        return optax.chain(*parts)
 
     def describe(self) -> dict[str, Any]:
         """Name, steps, rates, and the ablations."""

@@ -13,7 +13,7 @@ from jax.nn import initializers
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from .. import tree
-from ..models import MLP
+from ..models import MLP, Linear
 from ..task import Batch, Model
 
 Activation = Callable[[Array], Array]
@@ -224,10 +224,10 @@ class TaskCode(eqx.Module):
 
         e_i = f([x_i, y_i])                     encoder
         (m, u) = mean_ij g([e_i, e_j])          relation
-        (m', u') = h(z)                         decoder
+        m' = h(z) A,   u' = h(z) B              decoder
         w = m' + σ' ∘ ε'                        all parameters of the model, in one vector
 
-    f, g and h are perceptrons with biases. The decoder's last bias starts at the model,
+    f, g and h are perceptrons with biases, as A and B have them. That of A starts at the model,
     so that codes move what is generated away from it; the offsets of σ' are the Glorot scales
     `√(2 / (in + out))` of the model's matrices, and for other arrays, which start at 0, `1e-3`.
 
@@ -248,6 +248,8 @@ class TaskCode(eqx.Module):
     encoder: MLP
     relation: MLP
     decoder: MLP
+    mean: Linear
+    spread: Linear
     template: Template
     latent: int = eqx.field(static=True)
     prior: str = eqx.field(static=True)
@@ -272,14 +274,15 @@ class TaskCode(eqx.Module):
             )
         self.sizes = (matrices[0][0], matrices[-1][1])
         self.latent, self.prior = latent, prior
-        keys = jax.random.split(key, 3)
-        (*first, features), second, third = hidden
+        keys = jax.random.split(key, 5)
+        (*first, features), second, (*third, last) = hidden
         start = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree.parameters(model))])
         self.encoder = MLP(sum(self.sizes), features, first, key=keys[0], activation=activation)
         self.relation = MLP(2 * features, 2 * latent, second, key=keys[1], activation=activation)
-        decoder = MLP(latent, 2 * start.size, third, key=keys[2], activation=activation)
-        bias = jnp.concatenate([start, jnp.zeros_like(start)])
-        self.decoder = eqx.tree_at(lambda d: d.head.bias, decoder, bias)
+        self.decoder = MLP(latent, last, third, key=keys[2], activation=activation)
+        mean = Linear(last, start.size, key=keys[3])
+        self.mean = eqx.tree_at(lambda layer: layer.bias, mean, start)
+        self.spread = Linear(last, start.size, key=keys[4])
 
     @property
     def count(self) -> int:
@@ -288,8 +291,8 @@ class TaskCode(eqx.Module):
 
     @property
     def rows(self) -> Float[Array, "hidden count2"]:
-        """What is to have orthogonal rows: the decoder's last matrix."""
-        return self.decoder.head.weight
+        """What is to have orthogonal rows: the decoder's last matrices, side by side."""
+        return jnp.concatenate([self.mean.weight, self.spread.weight], axis=1)
 
     @property
     def rates(self) -> tuple[int, ...]:
@@ -329,9 +332,11 @@ class TaskCode(eqx.Module):
         self, z: Float[Array, " l"], noise: Float[Array, " count"] | None
     ) -> Float[Array, " count"]:
         """All weights of the model in one vector; their mean without noise."""
-        mean, u = jnp.split(self.decoder(z[None])[0], 2)
+        features = self.decoder.activation(self.decoder(z[None]))
+        (mean,) = self.mean(features)
         if noise is None:
             return mean
+        (u,) = self.spread(features)
         scale = lambda s: math.sqrt(2 / sum(s)) if len(s) == 2 else 1e-3  # noqa: E731
         offsets = [jnp.full(math.prod(s), scale(s), z.dtype) for s in self.template.shapes]
         return Gaussian(mean, deviation(u, jnp.concatenate(offsets))).at(noise)
