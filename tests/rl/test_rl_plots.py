@@ -58,7 +58,7 @@ class Leap(ax.MetaLearner):
 
 
 def test_trajectories(tmp_path):
-    tasks = rl.Tasks(rl.Navigation(), trajectories=3, horizon=5, split="test")
+    tasks = rl.Tasks(rl.Navigation(normalised=False), trajectories=3, horizon=5, split="test")
     meta = Straight(jnp.array([0.02, -0.03]))
     figure = pictures.trajectories(Leap(), meta, tasks, key=KEY, goals=2, steps=2, shown=2)
     assert len(figure.axes) == 4
@@ -83,7 +83,7 @@ def test_trajectories(tmp_path):
 
 
 def test_trajectories_of_several_policies():
-    tasks = rl.Tasks(rl.Navigation(), trajectories=2, horizon=3)
+    tasks = rl.Tasks(rl.Navigation(normalised=False), trajectories=2, horizon=3)
     meta = rl.Policies(Straight(jnp.array([[0.02, 0.0], [0.0, 0.05]])))
     figure = pictures.trajectories(Leap(), meta, tasks, key=KEY, goals=1, steps=1)
     walks = [line for line in figure.axes[1].get_lines() if len(line.get_xdata()) == 3]
