@@ -20,6 +20,8 @@ from ..task import Batch
 from .style import COLOURS, MARKERS, canvas, styled
 
 GREY = "#555555"
+LINES = (*COLOURS, "#999999")
+"""Colours of learners, one more than the palette has."""
 
 
 @styled
@@ -48,7 +50,7 @@ def returns_by_step(
     figure, axes = canvas(size=(6.4, 3.6))
     ax, colours = axes[0, 0], {}
     for i, (name, one) in enumerate(returns.items()):
-        colour = colours[name] = COLOURS[i % len(COLOURS)]
+        colour = colours[name] = LINES[i % len(LINES)]
         steps = range(one.values.shape[1])
         mean = np.array([one.mean(step=step) for step in steps])
         half = np.array([one.ci95(step=step) for step in steps])
