@@ -79,14 +79,34 @@ class RBF:
         count = len(particles)
         if count == 1:
             return jnp.ones((1, 1), particles.dtype), jnp.zeros_like(particles)
-        # About their mean, so that no digits are lost when they are close together and far out.
-        x = particles - jnp.mean(particles, axis=0)
-        squares = _squares(x)
-        h = self.width(squares)
-        k = jnp.exp(-squares / h)
+        x = _centred(particles)
+        k, rate = self._matrix([x])
         pull = jnp.matmul(k, x, precision="highest")
-        repulsion = (1 if self.half else 2) / h * (jnp.sum(k, axis=1, keepdims=True) * x - pull)
-        return k, repulsion
+        return k, rate * (jnp.sum(k, axis=1, keepdims=True) * x - pull)
+
+    def direction(self, particles: list[Array], scores: list[Array]) -> list[Array]:
+        """φ, as `direction` has it, of particles in parts `(M, D_l)` that are never joined.
+
+        Attraction and repulsion are one product with the matrix: `K (s − c x) + c (Σ_j K) x`, with
+        c = 2/h. Nothing is copied into vectors and back, a third of the work for small nets.
+        """
+        count = len(particles[0])
+        if count == 1:
+            return scores
+        parts = [_centred(part) for part in particles]
+        k, rate = self._matrix(parts)
+        total = rate * jnp.sum(k, axis=1, keepdims=True)
+
+        def one(x: Array, s: Array) -> Array:
+            return (jnp.matmul(k, s - rate * x, precision="highest") + total * x) / count
+
+        return [one(x, s) for x, s in zip(parts, scores)]
+
+    def _matrix(self, parts: list[Array]) -> tuple[Array, Array]:
+        """The matrix, of centred particles in parts, and what differences are repelled by: 2/h."""
+        squares = _squares(parts)
+        h = self.width(squares)
+        return jnp.exp(-squares / h), (1 if self.half else 2) / h
 
     def width(self, squares: Float[Array, "m m"]) -> Float[Array, ""]:
         """h, of two particles or more with these squared distances."""
@@ -121,8 +141,18 @@ def direction(particles: PyTree, scores: PyTree, kernel: Kernel | None = None) -
     Raises:
         ValueError: if there are no particles, or leaves lead with different numbers of them.
     """
+    kernel = RBF() if kernel is None else kernel
+    if isinstance(kernel, RBF):
+        leaves, structure = jax.tree.flatten(particles)
+        count = _count(leaves)
+        parts, of = (
+            [leaf.reshape(count, -1) for leaf in some] for some in (leaves, jax.tree.leaves(scores))
+        )
+        moves = zip(kernel.direction(parts, of), leaves)
+        new = [move.reshape(leaf.shape).astype(leaf.dtype) for move, leaf in moves]
+        return jax.tree.unflatten(structure, new)
     flat, unflatten = _flatten(particles)
-    matrix, repulsion = (RBF() if kernel is None else kernel)(flat)
+    matrix, repulsion = kernel(flat)
     attraction = jnp.matmul(matrix, _flatten(scores)[0], precision="highest")
     return unflatten((attraction + repulsion) / len(flat))
 
@@ -170,13 +200,7 @@ def run(
 def _flatten(particles: PyTree) -> tuple[Float[Array, "m d"], Callable[[Array], PyTree]]:
     """Every particle as a vector, and the way back."""
     leaves, structure = jax.tree.flatten(particles)
-    counts = {leaf.shape[:1] for leaf in leaves}
-    if len(counts) != 1 or counts <= {(), (0,)}:
-        raise ValueError(
-            "particles are a pytree of arrays that all lead with the same axis of 1 or more, and "
-            f"these lead with {sorted(counts)}"
-        )
-    ((count,),) = counts
+    count = _count(leaves)
     flat = jnp.concatenate([leaf.reshape(count, -1) for leaf in leaves], axis=1)
     ends = [0]
     for leaf in leaves:
@@ -190,9 +214,26 @@ def _flatten(particles: PyTree) -> tuple[Float[Array, "m d"], Callable[[Array], 
     return flat, unflatten
 
 
-def _squares(x: Float[Array, "m d"]) -> Float[Array, "m m"]:
-    """`‖x_i − x_j‖²`, of vectors that average to zero."""
-    gram = jnp.matmul(x, x.T, precision="highest")
+def _count(leaves: list[Array]) -> int:
+    """M, the axis that all lead with."""
+    counts = {leaf.shape[:1] for leaf in leaves}
+    if len(counts) != 1 or counts <= {(), (0,)}:
+        raise ValueError(
+            "particles are a pytree of arrays that all lead with the same axis of 1 or more, and "
+            f"these lead with {sorted(counts)}"
+        )
+    ((count,),) = counts
+    return count
+
+
+def _centred(x: Float[Array, "m d"]) -> Float[Array, "m d"]:
+    """About their mean, so that no digits are lost when they are close together and far out."""
+    return x - jnp.mean(x, axis=0)
+
+
+def _squares(parts: list[Array]) -> Float[Array, "m m"]:
+    """`‖x_i − x_j‖²`, of vectors in parts `(M, D_l)` that average to zero."""
+    gram: Any = sum(jnp.matmul(x, x.T, precision="highest") for x in parts)
     norms = jnp.diagonal(gram)
     return norms[:, None] + norms[None, :] - 2 * gram
 
