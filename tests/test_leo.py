@@ -520,13 +520,13 @@ def test_regression_generates_every_weight_and_starts_about_the_model():
     networks = meta["networks"]
     assert networks.count == ax.tree.count(model) == 33
     assert_close(
-        ax.tree.parameters(networks.model(networks.decode(jnp.zeros(16), None))),
+        ax.tree.parameters(networks.model(networks.decode(jnp.zeros(32), None))),
         ax.tree.parameters(model), rtol=1e-6,
     )  # fmt: skip
     assert meta["finetune_lr"].shape == (33,)
     support = ax.tasks.sinusoid(5, 5).train.sample(KEY).support
     code = networks.encode(networks.features(support))
-    assert code.mean.shape == (16,)
+    assert code.mean.shape == (32,)
     turned = ax.Batch(support.x[::-1], support.y[::-1])
     assert np.allclose(networks.encode(networks.features(turned)).mean, code.mean, rtol=1e-6)
     labels = ax.Batch(jnp.ones((2, 1)), jnp.array([0, 2]))

@@ -391,7 +391,7 @@ class LEO(MetaLearner):
 
 
 def LEORegression(
-    loss: Loss, inner_lr: float = 0.1, inner_steps: int = 5, *, latent: int = 16, **how: Any
+    loss: Loss, inner_lr: float = 0.001, inner_steps: int = 5, *, latent: int = 32, **how: Any
 ) -> LEO:
     """LEO that decodes all weights of a small network from one code; see `TaskCode`.
 
@@ -408,5 +408,7 @@ def LEORegression(
         latent: width of the code.
         how: further arguments of `LEO`.
     """
-    defaults: dict[str, Any] = {"dropout": 0.0, "reduction": "mean", "outer_lr": 1e-3}
+    defaults: dict[str, Any] = {
+        "dropout": 0.0, "reduction": "mean", "outer_lr": 5e-4, "finetune_lr": 1e-4,
+    }  # fmt: skip
     return LEO(loss, inner_lr, inner_steps, latent=latent, codes="task", **{**defaults, **how})
