@@ -93,7 +93,7 @@ def test_meta_gradient():
 def regressor(**how):
     settings = {"inner_steps": 1, "finetune_steps": 1, "finetune_lr": 0.01, "latent": 2,
                 "hidden": ((4, 3), (5,), (4,)), "kl_weight": 0.1, "encoder_penalty": 0.3,
-                "orthogonality": 0.1, "l2": 0.01}  # fmt: skip
+                "orthogonality": 0.1, "l2": 0.01, "inner_clip": 0.3}  # fmt: skip
     return ax.LEORegression(mse, **{**settings, **how})
 
 
@@ -278,6 +278,24 @@ def test_both_clips():
     _, state = optimizer.update(huge, optimizer.init(ax.tree.parameters(meta)), huge)
     for moment in jax.tree.leaves(optax.tree_utils.tree_get(state, "mu")):
         assert np.isclose(np.linalg.norm(moment), 0.1 * 0.1, rtol=1e-5)
+
+
+@double
+def test_a_bound_on_what_inner_loops_descend():
+    bound = lambda g: leo_terms.bounded(2.0).update(g, optax.EmptyState())[0]
+    small = {"a": jnp.array([1.0, -1.0]), "b": jnp.array(1.0)}
+    assert_close(bound(small), small)
+    assert_close(bound({"a": jnp.array([6.0]), "b": jnp.array(8.0)}),
+                 {"a": jnp.array([1.2]), "b": jnp.array(1.6)})  # fmt: skip
+    still = jax.jacobian(lambda g: bound({"a": g})["a"])(jnp.zeros(3))
+    assert np.array_equal(still, np.eye(3))
+    # A step of rate 0.1 along a gradient of (8, …) goes no further than 0.2.
+    loss = lambda model, batch: 8.0 * jnp.sum(model.weight)
+    learner = ax.LEO(loss, 0.1, 1, finetune_steps=0, latent=1, inner_clip=2.0)
+    meta = learner.init(ax.models.Linear(1, 1, key=KEY), key=KEY)
+    meta["networks"] = eqx.tree_at(lambda n: n.decoder, meta["networks"], jnp.array([[1.0, 0.0]]))
+    path = learner.iterates(meta, ax.Batch(jnp.ones((1, 1)), jnp.array([0])), key=KEY).weight
+    assert np.isclose(path[0, 0, 0] - path[1, 0, 0], 0.2, rtol=1e-12)
 
 
 @double
@@ -604,6 +622,7 @@ def test_models_that_cannot_be_generated():
     [
         ({"inner_steps": -1}, "inner_steps is 0 or more, not -1"),
         ({"kl_weight": float("nan")}, "kl_weight is 0 or more, not nan"),
+        ({"inner_clip": 0.0}, "inner_clip is a norm above 0, or None, not 0.0"),
         ({"latent": 0}, "latent, the width of a code, is 1 or more"),
         ({"dropout": 1.0}, r"dropout is a rate in \[0, 1\), not 1.0"),
         ({"codes": "shot"}, 'codes is "class" or "task", not \'shot\''),

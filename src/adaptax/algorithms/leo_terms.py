@@ -110,6 +110,19 @@ def clip_each_by_norm(limit: float) -> optax.GradientTransformation:
     return optax.stateless_with_tree_map(clip)
 
 
+def bounded(limit: float) -> optax.GradientTransformation:
+    """Scales what an inner loop descends down to a norm of `limit`, if it is above.
+
+    By the root of `max(‖g‖², limit²)`, which has a derivative where g is zero.
+    """
+
+    def bound(grads: PyTree, _: Any) -> PyTree:
+        square = sum(jnp.sum(g**2) for g in jax.tree.leaves(grads))
+        return optax.tree.scale(limit / jnp.sqrt(jnp.maximum(square, limit**2)), grads)
+
+    return optax.stateless(bound)
+
+
 RESCUE = 1e-4
 """Weight of the decay that takes the place of a gradient that is not finite."""
 
