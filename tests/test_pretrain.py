@@ -81,6 +81,13 @@ def test_a_restored_model_is_the_trained_one(whole):
     assert bool(eqx.tree_equal(model, result.model))
 
 
+def test_a_metric_that_is_nan_is_kept_without_a_plot(tmp_path, caplog):
+    run = Run(tmp_path)
+    run.log({"step": 1, "seconds": 0.5, "loss": float("nan")})
+    assert "NaN" not in caplog.text
+    assert run.metrics() == [{"step": 1, "seconds": 0.5, "loss": None}]
+
+
 def test_interrupted_and_resumed_is_uninterrupted(whole, tmp_path):
     result, _, how = whole
     how = {**HOW, **how, "run": str(tmp_path / "run")}

@@ -100,7 +100,8 @@ class Run:
         flat = {k: v for k, v in record.items() if k not in ("step", "validation")}
         flat |= {f"validation/{k}": v for k, v in record.get("validation", {}).items()}
         for name, value in flat.items():
-            self._events.add_scalar(name, value, record["step"])
+            if math.isfinite(value):  # others have no place in a plot
+                self._events.add_scalar(name, value, record["step"])
         self._events.flush()
 
     def metrics(self) -> list[dict[str, Any]]:
