@@ -112,6 +112,10 @@ def test_returns_by_gradient_step(tmp_path):
     given.save(tmp_path / "returns.json")
     record = given.to_json()
     assert [row["step"] for row in record["curve"]] == [0, 1, 2]
+    apart = given.values[:, 2] - given.values[:, 0]
+    np.testing.assert_allclose(given.gain(2), (apart.mean(), 1.96 * apart.std(ddof=1) / 5**0.5))
+    assert (record["curve"][2]["gain"], record["curve"][2]["gain_ci95"]) == given.gain()
+    assert "gain" not in record["curve"][0]
     assert record["protocol"]["inner_lr"] == [0.1, 0.05]
     assert record["protocol"]["goals"] == 5
 

@@ -393,6 +393,9 @@ def show(scores: Report | Returns, out: Console, title: str) -> None:
     """Print scores and the protocol that they belong to."""
     if isinstance(scores, Returns):
         out.print(report.returns_table({title: scores}))
+        if scores.values.shape[1] > 1:
+            mean, half = scores.gain(1)
+            out.print(f"gain of the first step, task by task: {mean:.2f} ± {half:.2f}")
         out.print(report.protocol_line(scores.protocol), soft_wrap=True)
         return
     out.print(report.report_table(scores, title))
