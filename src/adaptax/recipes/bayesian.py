@@ -202,6 +202,8 @@ SHORT: dict[str, dict[str, Any]] = {
         "network": {"image": [42, 42, 3], "down": "stride", "head": "mean"},
         "learner": {"inner_lr": 0.2},
         "steps": 2500,
+        # Ten models a task, at every step: only the last is scored.
+        "evaluation": {"episodes": 300, "at": [10]},
     },
     "fsmol": {"network": {"mlp": [64, 64]}, "steps": 400},
 }
@@ -265,7 +267,9 @@ def with_noise(experiment: Experiment, meta: Meta, splits: Splits) -> tuple[Expe
         variance = tree.full_like(around["log_prior_variance"], 2 * math.log(s))
         return eqx.tree_at(lambda m: m["log_prior_variance"], around, variance)
 
-    judge = Evaluator(made, splits.val, **{**experiment.evaluation, "episodes": 200})
+    # A sixth of the test's episodes, after the last step: seven deviations of ten models each.
+    how = {"episodes": min(200, experiment.episodes // 6 or 1), "at": [experiment.eval_steps]}
+    judge = Evaluator(made, splits.val, **{**experiment.evaluation, **how})
     key = jax.random.key(2**31)
     scores = [judge(at(s), key=key).mean("nll") for s in STANDARD_DEVIATIONS]
     best = STANDARD_DEVIATIONS[scores.index(min(scores))]
