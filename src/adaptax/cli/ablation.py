@@ -10,7 +10,7 @@ from rich.console import Console
 
 from .. import report
 from ..evaluate import Report
-from ..recipes import ROWS, Experiment, ablated
+from ..recipes import ROWS, Experiment, ablated, changed
 from .app import Interrupted
 from .commands import Ablate
 from .facts import command, dump, facts, keep
