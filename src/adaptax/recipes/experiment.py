@@ -29,7 +29,7 @@ from ..evaluate import Evaluator
 from ..learner import Meta, MetaLearner
 from ..losses import Loss
 from ..run import Run
-from ..task import Model, Source, Splits
+from ..task import Model, Source, Splits, TaskDistribution
 from ..train import Outer, Result, best_of, fit, initial_state
 
 
