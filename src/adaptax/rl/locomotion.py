@@ -197,8 +197,9 @@ def _made(name: str, backend: str) -> Simulator:
     with warnings.catch_warnings(), silent, jax.ensure_compile_time_eval():
         warnings.simplefilter("ignore")
         try:
+            from brax import envs  # isort: skip  (first: it is what a user lacks, and brings MuJoCo)
+
             import mujoco
-            from brax import envs
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 f"rl.Locomotion needs {error.name}, which is not installed; "
