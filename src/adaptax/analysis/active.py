@@ -75,6 +75,11 @@ class ActiveCurves:
         paired = self._of(of, metric) - self._of(to, metric)
         return _mean(paired), _ci95(paired)
 
+    @property
+    def informed(self) -> list[str]:
+        """The strategies whose difference from `random` can be told."""
+        return [s for s in self.values if s != "random" and "random" in self.values]
+
     def to_json(self) -> dict[str, Any]:
         """Means and intervals by number of labels, and the protocol; `None` for what is not finite.
 
@@ -89,8 +94,7 @@ class ActiveCurves:
                 for name in scores:
                     row[strategy][name] = float(self.mean(strategy, name)[i])
                     row[strategy][f"{name}_ci95"] = float(self.ci95(strategy, name)[i])
-            informed = [s for s in self.values if s != "random" and "random" in self.values]
-            for strategy in informed:
+            for strategy in self.informed:
                 mean, half = self.difference(of=strategy)
                 name = "difference" if strategy == "entropy" else f"difference_{strategy}"
                 row[name] = {

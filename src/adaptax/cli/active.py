@@ -77,7 +77,7 @@ def _table(curves: dict[str, ActiveCurves]) -> Table:
     for name, one in curves.items():
         for strategy in one.values:
             table.add_column(f"{name}, {strategy}", justify="right")
-        for strategy in _informed(one):
+        for strategy in one.informed:
             table.add_column(f"gain of {strategy}", justify="right")
     for i, labels in enumerate(next(iter(curves.values())).labels):
         cells = []
@@ -86,14 +86,9 @@ def _table(curves: dict[str, ActiveCurves]) -> Table:
                 report.number(metric, float(one.mean(strategy)[i]), float(one.ci95(strategy)[i]))
                 for strategy in one.values
             ]
-            for strategy in _informed(one):
+            for strategy in one.informed:
                 gain, half = one.difference(of=strategy)
                 sign = 1 if metric == "accuracy" else -1
                 cells.append(report.number(metric, float(sign * gain[i]), float(half[i])))
         table.add_row(str(labels), *cells)
     return table
-
-
-def _informed(curves: ActiveCurves) -> list[str]:
-    """The strategies that a gain over random can be told of."""
-    return [s for s in curves.values if s != "random" and "random" in curves.values]

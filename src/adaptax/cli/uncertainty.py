@@ -87,10 +87,14 @@ def beyond(one: Report, other: Report, metric: str = "r2") -> tuple[float, float
     Both have the same episodes, so the interval is of pairs: narrower than either's own where some
     episodes are hard for all.
     """
-    gain = one.values[metric][:, -1] - other.values[metric][:, -1]
-    if len(gain) < 2:
-        return float(np.mean(gain)), math.nan
-    return float(np.mean(gain)), 1.96 * float(np.std(gain, ddof=1)) / math.sqrt(len(gain))
+    return _interval(one.values[metric][:, -1] - other.values[metric][:, -1])
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    """Mean, and half its 95 % interval: 1.96 standard errors. NaN where there are too few."""
+    if len(values) < 2:
+        return float(values[0]) if len(values) else math.nan, math.nan
+    return float(np.mean(values)), 1.96 * float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
 def families(entry: Entry) -> dict[str, dict[str, Any]]:
@@ -105,11 +109,11 @@ def families(entry: Entry) -> dict[str, dict[str, Any]]:
     lines = np.asarray(is_line(jnp.arange(len(mse), dtype=jnp.uint32)))
     found = {}
     for name, some in (("waves", mse[~lines]), ("lines", mse[lines])):
-        deviation = float(np.std(some, ddof=1)) if len(some) > 1 else math.nan
+        mean, half = _interval(some)
         found[name] = {
             "episodes": len(some),
-            "mse": float(np.mean(some)) if len(some) else math.nan,
-            "mse_ci95": 1.96 * deviation / math.sqrt(max(len(some), 1)),
+            "mse": mean,
+            "mse_ci95": half,
             "median_mse": float(np.median(some)) if len(some) else math.nan,
         }
     return found
@@ -182,6 +186,7 @@ def _finish(entries: list[Entry], asked: Compare, family: str, path: Path, out: 
         save_figure(figure, path / f"{name}.png")
         for name, figure in _figures(entries, family, title).items()
     ]
+    of = {entry.name: families(entry) for entry in entries}
     result = {
         "title": title,
         "rows": [
@@ -190,7 +195,7 @@ def _finish(entries: list[Entry], asked: Compare, family: str, path: Path, out: 
                 "seconds": entry.trained.seconds,
                 "best_step": entry.trained.step,
                 "scores": entry.report.to_json(),
-                **({"families": found} if (found := families(entry)) else {}),
+                **({"families": of[entry.name]} if of[entry.name] else {}),
                 **_beyond_ridge(entry, entries),
                 "experiment": entry.trained.experiment.to_json(),
             }
@@ -204,7 +209,7 @@ def _finish(entries: list[Entry], asked: Compare, family: str, path: Path, out: 
     if asked.json:
         print(dump(result))
         return
-    out.print(_table(entries, title))
+    out.print(_table(entries, of, title))
     out.print("± is the 95 % confidence interval over episodes; every learner sees the same ones.")
     for entry in entries:
         out.print(f"{entry.name}: {report.summary(entry.report)}", soft_wrap=True)
@@ -227,7 +232,7 @@ def _beyond_ridge(entry: Entry, entries: list[Entry]) -> dict[str, Any]:
     return {"r2_minus_ridge": io.strict({"mean": gain, "ci95": half})}
 
 
-def _table(entries: list[Entry], title: str) -> Table:
+def _table(entries: list[Entry], of: dict[str, dict[str, Any]], title: str) -> Table:
     shown = [name for name in COLUMNS if name in entries[0].report.values]
     table = Table(title=title, title_justify="left")
     table.add_column("learner")
@@ -236,7 +241,7 @@ def _table(entries: list[Entry], title: str) -> Table:
     ridge = _ridge(entries)
     if ridge is not None:
         table.add_column("R² minus ridge's", justify="right")
-    for name in families(entries[0]):
+    for name in of[entries[0].name]:
         table.add_column(f"MSE, {name}", justify="right")
     if entries[0].report.bins is not None:
         table.add_column("ECE", justify="right")
@@ -244,7 +249,7 @@ def _table(entries: list[Entry], title: str) -> Table:
     for entry in entries:
         cells = [number(name, *entry.score(name)) for name in shown]
         cells += [number("r2", *beyond(entry.report, ridge.report))] if ridge is not None else []
-        cells += [number("mse", one["mse"], one["mse_ci95"]) for one in families(entry).values()]
+        cells += [number("mse", one["mse"], one["mse_ci95"]) for one in of[entry.name].values()]
         cells += [f"{entry.report.ece():.3f}"] if entry.report.bins is not None else []
         table.add_row(entry.name, *cells, f"{entry.trained.seconds:.0f} s")
     return table

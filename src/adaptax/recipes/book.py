@@ -313,8 +313,7 @@ _SHORT = [
     _short(
         _BY_NAME["fomaml-mini_imagenet-5w1s"],
         "1,500 meta-steps, images of 42×42, 5 queries a class in training and 15 in the test",
-        steps=1500, task={"train_query": 5, "query": 15, "image_size": 42},
-        network={"image": [42, 42, 3]},
+        steps=1500, **_SMALL_IMAGES,
     ),
     _short(
         _BY_NAME["bmaml-mini_imagenet-5w1s"],

@@ -340,9 +340,8 @@ def active_curves(
                 linestyle=_LINES[strategy], label=f"{learner}, {strategy}" if learner else strategy,
             )  # fmt: skip
         if both:
-            for j, strategy in enumerate(one.values):
-                if strategy == "random":
-                    continue
+            for strategy in one.informed:
+                j = list(one.values).index(strategy)
                 mean, half = one.difference(name, of=strategy)
                 _band(
                     axes[0, 1], one.labels, factor * mean, factor * half,
