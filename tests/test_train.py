@@ -56,6 +56,22 @@ def whole():
     return fit()
 
 
+def test_one_program_whatever_the_model_starts_from():
+    """Of a weak type, as Python numbers make it, too: the program's results are of none."""
+    seen, traced = [], []
+
+    def loss(model, batch):
+        traced.append(1)
+        return jnp.mean((model(batch.x) - batch.y) ** 2)
+
+    start = ax.models.MLP(1, 1, (8,), key=KEY)
+    weak = eqx.tree_at(lambda net: net.layers[0].bias, start, jnp.full(8, 0.5))
+    assert jax.tree.leaves(weak.layers[0].bias)[0].weak_type
+    ax.fit(ax.MAML(loss, 0.01), weak, TASKS.train, steps=6, chunk=3, meta_batch=2, key=KEY,
+           devices=1, watch=lambda record: seen.append(len(traced)))  # fmt: skip
+    assert seen[0] == seen[1]
+
+
 def test_the_loss_falls():
     seen = []
     result = fit(steps=300, chunk=100, meta_batch=8, optimizer=optax.adam(1e-2), watch=seen.append)

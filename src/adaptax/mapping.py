@@ -93,34 +93,60 @@ def meta_gradient(
         mesh: of devices.
     """
     trained, fixed = eqx.partition(meta, eqx.is_inexact_array)
-    bank, make = eqx.partition(task, eqx.is_array)
+    size = count // (mesh.size if mesh else 1)
 
-    def one(trained: PyTree, bank: PyTree, progress: Any, loaded: PyTree, key: Any) -> Any:
+    def one(trained: PyTree, make: Any, progress: Any, loaded: PyTree, key: Any) -> Any:
         def scalar(trained: PyTree) -> tuple[Array, dict[str, Array]]:
-            meta, task = eqx.combine(trained, fixed), eqx.combine(bank, make)(loaded)
-            return learner.meta_loss(meta, task, key=key, progress=progress)
+            meta = eqx.combine(trained, fixed)
+            return learner.meta_loss(meta, make(loaded), key=key, progress=progress)
 
         return jax.value_and_grad(scalar, has_aux=True)(trained)
 
-    def total(trained: PyTree, bank: PyTree, progress: Any, loaded: PyTree, keys: Any) -> Any:
-        each = lambda loaded, key: one(trained, bank, progress, loaded, key)  # noqa: E731
-        return sum_over(each, (loaded, keys), mapping)
+    def on_device(across: Across, common: PyTree, mine: PyTree) -> Any:
+        total = sum_over(lambda *each: one(*common, *each), mine, mapping)
+        return across(jax.tree.map(lambda leaf: leaf / size, total))
 
-    arguments = (trained, bank, jnp.asarray(progress, float), loaded, jax.random.split(key, count))
+    common = (trained, task, jnp.asarray(progress, float))
+    return over_devices(on_device, mesh, common, (loaded, jax.random.split(key, count)))
+
+
+Across = Callable[[PyTree], PyTree]
+"""Averages over devices; what comes of it is the same on all."""
+
+
+def over_devices(
+    function: Callable[[Across, PyTree, PyTree], PyTree],
+    mesh: Mesh | None,
+    common: PyTree,
+    tasks: PyTree,
+) -> PyTree:
+    """`function(across, common, tasks)`, the tasks shared among the devices of a mesh.
+
+    Args:
+        function: pure, and called on every device with its share of the tasks. Its results are
+            arrays and have to be the same on all devices: means of `across`, and what follows
+            from them.
+        mesh: of devices; all is done on one if `None`.
+        common: what every device has whole.
+        tasks: arrays lead with the task axis, which the devices have to divide.
+
+    Raises:
+        ValueError: if they do not.
+    """
     if mesh is None or mesh.size == 1:
-        out = total(*arguments)
-    else:
-        if count % mesh.size:
-            raise ValueError(f"{mesh.size} devices do not divide a meta-batch of {count} tasks")
-        axes = mesh.axis_names
-        out = jax.shard_map(
-            lambda *arguments: jax.lax.psum(total(*arguments), axes),
-            mesh=mesh,
-            in_specs=(P(), P(), P(), P(axes), P(axes)),
-            out_specs=P(),
-            check_vma=False,
-        )(*arguments)
-    return jax.tree.map(lambda leaf: leaf / count, out)
+        return function(lambda own: own, common, tasks)
+    count = len(jax.tree.leaves(eqx.filter(tasks, eqx.is_array))[0])
+    if count % mesh.size:
+        raise ValueError(f"{mesh.size} devices do not divide a meta-batch of {count} tasks")
+    axes = mesh.axis_names
+    arrays, rest = eqx.partition((common, tasks), eqx.is_array)
+
+    def on_device(*mine: PyTree) -> PyTree:
+        return function(lambda own: jax.lax.pmean(own, axes), *eqx.combine(mine, rest))
+
+    return jax.shard_map(
+        on_device, mesh=mesh, in_specs=(P(), P(axes)), out_specs=P(), check_vma=False
+    )(*arrays)
 
 
 def sum_over(function: Callable[..., PyTree], xs: tuple[PyTree, ...], mapping: Mapping) -> PyTree:
@@ -156,14 +182,23 @@ def sum_over(function: Callable[..., PyTree], xs: tuple[PyTree, ...], mapping: M
     return out
 
 
-def map_over(function: Callable[[PyTree], PyTree], xs: PyTree, size: int) -> PyTree:
+def map_over(
+    function: Callable[[PyTree], PyTree], xs: PyTree, size: int, mesh: Mesh | None = None
+) -> PyTree:
     """`function(xs[i])` for every i along the leading axis of `xs`, stacked.
 
     Args:
         function: pure.
         xs: with a leading axis.
         size: how many at once.
+        mesh: of devices to share them among, a divisor of their number.
     """
+    if mesh is not None:
+        axes = P(mesh.axis_names)
+        return jax.shard_map(
+            lambda mine: map_over(function, mine, size),
+            mesh=mesh, in_specs=axes, out_specs=axes, check_vma=False,
+        )(xs)  # fmt: skip
     if size >= len(jax.tree.leaves(xs)[0]):
         return jax.vmap(function)(xs)
     return jax.lax.map(function, xs, batch_size=None if size == 1 else size)

@@ -106,6 +106,7 @@ class Outer(Protocol):
         *,
         key: PRNGKeyArray,
         progress: float | Array,
+        mesh: Mesh | None = None,
     ) -> tuple[Meta, PyTree, Float[Array, ""], dict[str, Array]]:
         """New meta-parameters and state, a loss and metrics.
 
@@ -116,6 +117,7 @@ class Outer(Protocol):
             tasks: a meta-batch; arrays lead with the task axis.
             key: all the randomness there is.
             progress: in `[0, 1]`, how far meta-training has come.
+            mesh: of devices to share the tasks among; see `adaptax.mapping.over_devices`.
         """
         ...
 
@@ -159,7 +161,7 @@ def fit(
         meta_batch: tasks a meta-step.
         optimizer: of the outer loop; the learner's own, as in its paper, if `None`.
         outer: an outer step instead of gradient and optimizer, such as `adaptax.rl.TRPO()`; it
-            maps over tasks by itself, on one device.
+            maps over tasks by itself.
         validate: distribution to select the best meta-parameters on; never the test split.
         validate_every: meta-steps between validations; a tenth of `steps` if `None`.
         validation: arguments of `evaluate` for it; 200 episodes unless told otherwise. For
@@ -195,8 +197,8 @@ def fit(
     if resume and run is None:
         raise ValueError("resume=True wants run=, the folder of the run to continue")
     run = Run(run) if isinstance(run, str) else run
-    if outer is not None and (optimizer is not None or (devices or 1) > 1):
-        raise ValueError("outer= is the whole outer step, on one device; give no optimizer with it")
+    if outer is not None and optimizer is not None:
+        raise ValueError("outer= is the whole outer step; give no optimizer with it")
     optimizer = optimizer or learner.optimizer(steps)
     task_key, learner_key, init_key, validation_key = jax.random.split(key, 4)
     state, fixed = initial_state(learner, model, outer or optimizer, init_key, keep)
@@ -204,7 +206,7 @@ def fit(
     heavy = _is_heavy(fast_learner, eqx.combine(state.meta, fixed), tasks, task_key)
     chunk = chunk or (20 if heavy else 500)
     validate_every = math.ceil((validate_every or max(steps // 10, 1)) / chunk) * chunk
-    mesh = _mesh(devices, meta_batch, heavy and outer is None)
+    mesh = _mesh(devices, meta_batch, heavy or outer is not None)
     plan = {"steps": steps, "meta_batch": meta_batch, "chunk": chunk,
             "key": np.asarray(io.plain(key)).tolist(),
             "validate_every": validate_every, "keep": keep}  # fmt: skip
@@ -306,8 +308,9 @@ def initial_state(
         best_step=jnp.zeros(keep, jnp.int32),
         stale=zero,
     )
-    # Copies: the compiled program reuses the memory of its arguments, and the caller's stay.
-    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state), fixed
+    # Copies: the compiled program reuses the memory of its arguments, and the caller's stay. With
+    # a dtype, as the program returns them: a weak one would have it compiled a second time.
+    return jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype, copy=True), state), fixed
 
 
 def best_of(state: State, fixed: PyTree) -> tuple[Meta, int, float, Meta]:
@@ -368,6 +371,7 @@ def _program(
             eqx.filter_vmap(lambda loaded: feed.task(tasks, loaded))(loaded),
             key=jax.random.fold_in(key, step),
             progress=step / steps,
+            mesh=mesh,
         )
         return (tree.parameters(meta), opt_state), tree.finite(meta), {"loss": loss, **metrics}
 

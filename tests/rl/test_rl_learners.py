@@ -9,6 +9,7 @@ from test_rl_rollout import Countdown, policy_for
 
 import adaptax as ax
 from adaptax import rl
+from adaptax.mapping import local_mesh
 
 KEY = jax.random.key(0)
 ENV = rl.Navigation()
@@ -72,6 +73,38 @@ def test_a_killed_run_goes_on_bit_by_bit(outer, tmp_path):
         assert all(record["kl"] <= 0.01 for record in whole.history)
         assert whole.best_score == max(r["validation"]["return"] for r in whole.history)
         assert not same(whole.last, policy_for(ENV))
+
+
+@pytest.mark.parametrize("outer", OUTER.values(), ids=OUTER)
+def test_devices_share_the_tasks(outer, x64):
+    assert jax.local_device_count() == 4
+    learner = LEARNERS["MAML"]
+    if isinstance(outer, rl.ParticleTRPO):
+        learner = rl.BayesianMAML(rl.log_prob, 0.1, particles=2)
+    meta = learner.init(policy_for(ENV), key=KEY)
+    batch = eqx.filter_vmap(TASKS.sample)(jax.random.split(KEY, 4))
+
+    @eqx.filter_jit
+    def stepped(mesh):
+        state = outer.init(ax.tree.parameters(meta))
+        how = {"key": KEY, "progress": 0.0, "mesh": mesh}
+        new, _, loss, metrics = outer.step(learner, meta, state, batch, **how)
+        return ax.tree.parameters(new), loss, metrics
+
+    alone = stepped(None)
+    assert not same(alone[0], ax.tree.parameters(meta))
+    for devices in (2, 4):
+        pairs = zip(jax.tree.leaves(alone), jax.tree.leaves(stepped(local_mesh(4, devices))))
+        for one, shared in pairs:
+            np.testing.assert_allclose(shared, one, rtol=1e-5, atol=1e-8)
+
+
+def test_devices_share_the_goals():
+    """Five goals are for one device, four for four."""
+    how = {"steps": 1, "trajectories": 2, "key": KEY}
+    given = [rl.evaluate(LEARNERS["MAML"], policy_for(ENV), TASKS, goals=goals, **how)
+             for goals in (5, 4)]  # fmt: skip
+    np.testing.assert_allclose(given[1].values, given[0].values[:4], rtol=1e-5)
 
 
 def test_an_outer_step_and_an_optimizer_contradict_each_other():

@@ -99,7 +99,8 @@ def test_the_step_against_dense_linear_algebra(steps, mapping, x64):
         new, _, loss, metrics = outer.step(
             learner, unravel(theta), (), batch, key=key, progress=0.0
         )
-        data, rest = eqx.partition(collect_all(learner, unravel(theta), batch, key), eqx.is_array)
+        keys = jax.random.split(key, 2)
+        data, rest = eqx.partition(collect_all(learner, unravel(theta), batch, keys), eqx.is_array)
 
         def per_task(theta, function):
             def one(data):

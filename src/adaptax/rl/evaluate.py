@@ -13,10 +13,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PRNGKeyArray
 
 from .. import io, tree
 from ..learner import Meta, MetaLearner
+from ..mapping import local_mesh, map_over
 from ..task import episode_key
 from .rollout import Tasks
 
@@ -140,7 +143,7 @@ class Evaluator:
         trajectories: for each gradient step, and for each return; 40 in MAML's 2-D navigation.
         lr: step sizes of the first steps, of which the last is that of all further ones; the
             learner's own if `None`. MAML's paper takes `(0.1, 0.05)`.
-        batch: tasks at once.
+        batch: tasks at once, on each of the local devices, which share the goals.
     """
 
     def __init__(
@@ -163,10 +166,14 @@ class Evaluator:
         self._about = learner.describe()
         self.tasks = dataclasses.replace(tasks, trajectories=trajectories)
         self.goals, self.steps, self.lr, self.batch = goals, steps, lr, batch
+        self._mesh = local_mesh(goals)
         self._program: Callable[..., Any] = eqx.filter_jit(self._all)
 
     def __call__(self, meta: Meta, *, key: PRNGKeyArray) -> Returns:
         """Returns on the tasks that `key` names."""
+        if self._mesh is not None:
+            arrays, rest = eqx.partition(meta, eqx.is_array)
+            meta = eqx.combine(jax.device_put(arrays, NamedSharding(self._mesh, P())), rest)
         values, sound = jax.tree.map(np.asarray, self._program(meta, key))
         wrong = sound & ~np.isfinite(values)
         if wrong.any():
@@ -189,8 +196,8 @@ class Evaluator:
 
     def _all(self, meta: Meta, key: PRNGKeyArray) -> tuple[Array, Array]:
         each = lambda i: self._task(meta, episode_key(self.tasks.split, key, i))  # noqa: E731
-        size = min(self.batch, self.goals)
-        return jax.lax.map(each, jnp.arange(self.goals, dtype=jnp.uint32), batch_size=size)
+        goals = jnp.arange(self.goals, dtype=jnp.uint32)
+        return map_over(each, goals, self.batch, self._mesh)
 
     def _task(self, meta: Meta, key: PRNGKeyArray) -> tuple[Array, Array]:
         """Return, and whether the policy is finite, after every number of steps."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, Int, Key, PRNGKeyArray
 
 from .. import inner, tree
 from ..learner import Meta, MetaLearner
@@ -71,11 +71,17 @@ def collect(learner: MetaLearner, meta: Meta, task: Task, *, key: PRNGKeyArray) 
     return Collected(support, task.query.draw(adapted, query_key), adapt_key)
 
 
-def collect_all(learner: MetaLearner, meta: Meta, tasks: Task, key: PRNGKeyArray) -> Collected:
-    """`collect` of every task of a meta-batch, all at once."""
-    count = len(jax.tree.leaves(eqx.filter(tasks, eqx.is_array))[0])
+def collect_all(
+    learner: MetaLearner, meta: Meta, tasks: Task, keys: Key[Array, " tasks"]
+) -> Collected:
+    """`collect` of every task of a meta-batch, all at once, each with its key of `keys`."""
     each = lambda task, key: collect(learner, meta, task, key=key)  # noqa: E731
-    return eqx.filter_vmap(each)(tasks, jax.random.split(key, count))
+    return eqx.filter_vmap(each)(tasks, keys)
+
+
+def keys_of(tasks: Task, key: PRNGKeyArray) -> Key[Array, " tasks"]:
+    """A key for every task of a meta-batch."""
+    return jax.random.split(key, len(jax.tree.leaves(eqx.filter(tasks, eqx.is_array))[0]))
 
 
 def adapt(learner: MetaLearner, meta: Meta, collected: Collected) -> Model:

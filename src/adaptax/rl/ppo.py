@@ -6,14 +6,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .. import tree
 from ..learner import Meta, MetaLearner
-from ..mapping import Mapping, sum_over
+from ..mapping import Across, Mapping, over_devices, sum_over
 from ..task import Batch, Model, Task
 from .advantages import masked_mean
-from .frozen import adapt, collect_all, returns
+from .frozen import adapt, collect_all, keys_of, returns
 from .objectives import ratio
 
 
@@ -70,6 +71,7 @@ class PPO(eqx.Module):
         *,
         key: PRNGKeyArray,
         progress: float | Array,
+        mesh: Mesh | None = None,
     ) -> tuple[Meta, PyTree, Float[Array, ""], dict[str, Array]]:
         """New meta-parameters, state, the surrogate before the last epoch, and metrics.
 
@@ -82,28 +84,36 @@ class PPO(eqx.Module):
             tasks: arrays lead with the task axis.
             key: of the roll-outs.
             progress: not used.
+            mesh: of devices to share the tasks among.
         """
+        trained, state, value, metrics = over_devices(
+            self._on_device, mesh, (learner, meta, state), (tasks, keys_of(tasks, key))
+        )
+        return eqx.combine(trained, meta), state, value, metrics
+
+    def _on_device(self, across: Across, common: PyTree, mine: PyTree) -> PyTree:
+        learner, meta, state = common
         trained, fixed = eqx.partition(meta, eqx.is_inexact_array)
-        rolled_out, rest = eqx.partition(collect_all(learner, meta, tasks, key), eqx.is_array)
+        rolled_out, rest = eqx.partition(collect_all(learner, meta, *mine), eqx.is_array)
         count = len(jax.tree.leaves(rolled_out)[0])
 
         def each(trained: PyTree, one: PyTree) -> Array:
             one = eqx.combine(one, rest)
             return self.loss(adapt(learner, eqx.combine(trained, fixed), one), one.query)
 
-        def total(trained: PyTree) -> tuple[Array, PyTree]:
+        def mean(trained: PyTree) -> tuple[Array, PyTree]:
             slope = lambda one: jax.value_and_grad(each)(trained, one)  # noqa: E731
             summed = sum_over(slope, (rolled_out,), self.mapping)
-            return jax.tree.map(lambda leaf: leaf / count, summed)
+            return across(jax.tree.map(lambda leaf: leaf / count, summed))
 
         def epoch(carry: PyTree, _: None) -> tuple[PyTree, tuple[Array, Array]]:
             trained, state = carry
-            value, grads = total(trained)
+            value, grads = mean(trained)
             updates, state = self._rule.update(grads, state, trained)
             return (optax.apply_updates(trained, updates), state), (value, tree.norm(grads))
 
         (trained, state), (values, norms) = jax.lax.scan(
             epoch, (trained, state), None, length=self.epochs
         )
-        metrics = returns(eqx.combine(rolled_out, rest)) | {"gradient_norm": norms[0]}
-        return eqx.combine(trained, fixed), state, values[-1], metrics
+        metrics = across(returns(eqx.combine(rolled_out, rest))) | {"gradient_norm": norms[0]}
+        return trained, state, values[-1], metrics

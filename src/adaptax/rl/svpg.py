@@ -10,6 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .. import inner, svgd, tree
@@ -18,7 +19,7 @@ from ..algorithms.maml import MAML
 from ..learner import Ensemble, Meta, MetaLearner
 from ..losses import Loss
 from ..task import Batch, Model, Source, Task
-from .frozen import collect_all
+from .frozen import collect_all, keys_of
 from .policies import Policies
 from .trpo import TRPO
 
@@ -226,6 +227,7 @@ class ParticleTRPO(eqx.Module):
         *,
         key: PRNGKeyArray,
         progress: float | Array,
+        mesh: Mesh | None = None,
     ) -> tuple[Meta, Any, Float[Array, ""], dict[str, Array]]:
         """New policies, state, the mean surrogate, and the means of the metrics of `TRPO`.
 
@@ -236,13 +238,14 @@ class ParticleTRPO(eqx.Module):
             tasks: arrays lead with the task axis.
             key: of the roll-outs.
             progress: not used.
+            mesh: of devices to share the tasks among, in the step of each.
         """
         if not isinstance(learner, BayesianMAML):
             raise ValueError(
                 "ParticleTRPO steps the policies of adaptax.rl.BayesianMAML; for those of "
                 f"{type(learner).__name__} take TRPO"
             )
-        found = collect_all(learner, meta, tasks, key)
+        found = collect_all(learner, meta, tasks, keys_of(tasks, key))
         arrays, rest = eqx.partition(meta.models, eqx.is_array)
 
         def improve(m: Array) -> tuple[Any, Array, dict[str, Array]]:
@@ -258,7 +261,7 @@ class ParticleTRPO(eqx.Module):
             else:
                 member = _Member(learner.loss, learner, meta, m)
             new, _, value, metrics = self.trpo.step(
-                member, one, (), Task(support, query), key=key, progress=progress
+                member, one, (), Task(support, query), key=key, progress=progress, mesh=mesh
             )
             return eqx.filter(new, eqx.is_array), value, metrics
 

@@ -10,14 +10,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ..learner import Meta, MetaLearner
 from ..losses import Loss
-from ..mapping import Mapping, chunk_size, map_over, sum_over
+from ..mapping import Across, Mapping, chunk_size, map_over, over_devices, sum_over
 from ..task import Batch, Task
 from .advantages import masked_mean
-from .frozen import Collected, adapt, collect_all, returns
+from .frozen import Collected, adapt, collect_all, keys_of, returns
 from .objectives import importance
 
 
@@ -90,6 +91,7 @@ class TRPO(eqx.Module):
         *,
         key: PRNGKeyArray,
         progress: float | Array,
+        mesh: Mesh | None = None,
     ) -> tuple[Meta, PyTree, Float[Array, ""], dict[str, Array]]:
         """New meta-parameters, state, the surrogate at them, and metrics.
 
@@ -103,10 +105,19 @@ class TRPO(eqx.Module):
             tasks: arrays lead with the task axis.
             key: of the roll-outs.
             progress: not used.
+            mesh: of devices to share the tasks among.
         """
+        trained, value, metrics = over_devices(
+            self._on_device, mesh, (learner, meta), (tasks, keys_of(tasks, key))
+        )
+        return eqx.combine(trained, meta), state, value, metrics
+
+    def _on_device(self, across: Across, common: PyTree, mine: PyTree) -> PyTree:
+        """The step from the tasks of one device, all means taken over those of all."""
+        learner, meta = common
         trained, fixed = eqx.partition(meta, eqx.is_inexact_array)
         theta, unravel = ravel_pytree(trained)
-        rolled_out, rest = eqx.partition(collect_all(learner, meta, tasks, key), eqx.is_array)
+        rolled_out, rest = eqx.partition(collect_all(learner, meta, *mine), eqx.is_array)
         count = len(jax.tree.leaves(rolled_out)[0])
 
         def law(theta: Array, one: PyTree) -> PyTree:
@@ -123,7 +134,7 @@ class TRPO(eqx.Module):
         size = chunk_size(self.mapping, count, lambda one: law(theta, one), (rolled_out,))
 
         def mean(function: Callable[..., PyTree], *xs: PyTree) -> PyTree:
-            return jax.tree.map(lambda total: total / count, sum_over(function, xs, size))
+            return across(jax.tree.map(lambda total: total / count, sum_over(function, xs, size)))
 
         def slope(one: PyTree) -> tuple[tuple[Array, PyTree], Array]:
             def surrogate(theta: Array) -> tuple[Array, PyTree]:
@@ -133,7 +144,7 @@ class TRPO(eqx.Module):
             return jax.value_and_grad(surrogate, has_aux=True)(theta)
 
         (values, old), gradients = map_over(slope, rolled_out, size)
-        before, gradient = jnp.mean(values), jnp.mean(gradients, axis=0)
+        before, gradient = across((jnp.mean(values), jnp.mean(gradients, axis=0)))
 
         # Once for each task; what F v needs of it is kept.
         thin = _thinned(rolled_out, self.curvature)
@@ -160,8 +171,8 @@ class TRPO(eqx.Module):
             max_kl=self.max_kl, backtrack=self.backtrack, tries=self.max_backtracks,
         )  # fmt: skip
         metrics = {"kl": kl, "step_fraction": fraction, "gradient_norm": jnp.linalg.norm(gradient)}
-        metrics |= returns(eqx.combine(rolled_out, rest))
-        return eqx.combine(unravel(theta), fixed), state, value, metrics
+        metrics |= across(returns(eqx.combine(rolled_out, rest)))
+        return unravel(theta), value, metrics
 
 
 def _thinned(rolled_out: Collected, fraction: float) -> Collected:
