@@ -103,6 +103,8 @@ def test_ppo_in_the_place_of_trpo(here):
     assert "return_after" in last
     assert "kl" not in last
     assert main(["evaluate", "simple"]) == 0
+    config = json.loads((here / "simple" / "config.json").read_text())
+    assert config["experiment"]["outer"] == {"ppo": 0.01, "clip": 0.3}
 
 
 @pytest.fixture

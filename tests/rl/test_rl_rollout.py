@@ -145,6 +145,23 @@ def test_tabular_tables_and_steps():
     assert not done.any()
 
 
+class TwoWays(Countdown):
+    """Has but two tasks."""
+
+    all_tasks = jnp.array([2, 5])
+
+
+def test_of_a_few_tasks_each_has_its_turn():
+    tasks = rl.Tasks(TwoWays(), trajectories=2, horizon=3)
+    keys = jax.random.split(jax.random.key(0), 6)
+    episodes = jax.vmap(lambda key, i: tasks.episode(key, i).query.task)(keys, jnp.arange(6))
+    np.testing.assert_array_equal(episodes, [2, 5, 2, 5, 2, 5])
+    many = rl.Tasks(rl.Navigation(), trajectories=2, horizon=3)
+    for key in keys:
+        one, same = many.episode(key, 7), many.sample(key)
+        np.testing.assert_array_equal(one.query.task, same.query.task)
+
+
 def test_a_roll_out_carries_no_derivative():
     env = rl.Navigation()
     source = rl.Tasks(env, trajectories=2, horizon=3).sample(KEY).support

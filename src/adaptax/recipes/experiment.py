@@ -178,7 +178,7 @@ class Experiment:
         outer: the outer optimizer: `{"adam": rate, "clip": bound}`, either may be missing; the
             learner's own if empty; or `{"trpo": bound of the KL, …}`, with further arguments, and
             `"each": True` for a trust region of each of several policies; or `{"ppo": rate of
-            Adam, "epochs": …, "clip": …}`, which goes before `"trpo"`.
+            Adam, "epochs": …, "clip": …}`.
         steps: meta-steps.
         meta_batch: tasks a meta-step.
         evaluation: arguments of `evaluate`.
@@ -349,9 +349,8 @@ class Experiment:
         """
         arguments = dict(self.outer)
         if "ppo" in arguments:
-            rule = optax.adam(arguments["ppo"])
-            how = {name: arguments[name] for name in ("epochs", "clip") if name in arguments}
-            return rl.PPO(rule, **how)
+            rule = optax.adam(arguments.pop("ppo"))
+            return _call(rl.PPO, {"optimizer": rule, **arguments}, "PPO")
         if "trpo" not in arguments:
             return None
         arguments["max_kl"], each = arguments.pop("trpo"), arguments.pop("each", False)
@@ -459,8 +458,14 @@ class Experiment:
         return best, step, kept
 
 
+RULES = frozenset({"adam", "trpo", "ppo"})
+"""Names of the outer rules that exclude each other."""
+
+
 def changed(experiment: Experiment, changes: Mapping[str, Any]) -> Experiment:
     """The experiment with other values; what is `None` stays, sections are merged.
+
+    An outer rule in the place of another takes the place of its arguments, too.
 
     Args:
         experiment: to start from.
@@ -470,7 +475,9 @@ def changed(experiment: Experiment, changes: Mapping[str, Any]) -> Experiment:
     for name, value in changes.items():
         if isinstance(value, Mapping):
             given = {n: v for n, v in value.items() if v is not None}
-            value = {**getattr(experiment, name), **given}
+            old = getattr(experiment, name)
+            replaced = RULES & given.keys() and RULES & old.keys() - given.keys()
+            value = {**({} if name == "outer" and replaced else old), **given}
         if value is not None:
             new[name] = value
     return dataclasses.replace(experiment, **new)

@@ -21,7 +21,8 @@ class Environment(Protocol):
     them. What follows `done` is masked, so no environment has to reset itself.
 
     Any record with these members will do; nothing needs to be derived from. One that wants to
-    know when the roll-out will be over also has `until(horizon) -> Environment`.
+    know when the roll-out will be over also has `until(horizon) -> Environment`; one that has but
+    a few tasks may have them as `all_tasks`, stacked, and meta-batches then have them in turn.
     """
 
     @property

@@ -195,14 +195,14 @@ class Evaluator:
         return Returns(protocol, values)
 
     def _all(self, meta: Meta, key: PRNGKeyArray) -> tuple[Array, Array]:
-        each = lambda i: self._task(meta, episode_key(self.tasks.split, key, i))  # noqa: E731
+        each = lambda i: self._task(meta, episode_key(self.tasks.split, key, i), i)  # noqa: E731
         goals = jnp.arange(self.goals, dtype=jnp.uint32)
         return map_over(each, goals, self.batch, self._mesh)
 
-    def _task(self, meta: Meta, key: PRNGKeyArray) -> tuple[Array, Array]:
+    def _task(self, meta: Meta, key: PRNGKeyArray, i: Array) -> tuple[Array, Array]:
         """Return, and whether the policy is finite, after every number of steps."""
         task_key, adapt_key, judge_key = jax.random.split(key, 3)
-        task = self.tasks.sample(task_key)
+        task = self.tasks.episode(task_key, i)
         path = self.learner.iterates(meta, task.support, key=adapt_key, steps=self.steps)
         arrays, rest = eqx.partition(path, eqx.is_array)
 

@@ -116,6 +116,11 @@ class Locomotion(eqx.Module):
             return jax.random.uniform(key, maxval=ROBOTS[self.robot].max_velocity)
         return jnp.where(jax.random.bernoulli(key), 1.0, -1.0)
 
+    @property
+    def all_tasks(self) -> Float[Array, " 2"] | None:
+        """Both directions; velocities are without number."""
+        return jnp.array([1.0, -1.0]) if self.goal == "direction" else None
+
     def reset(self, key: PRNGKeyArray, task: Float[Array, ""]) -> Body:
         """At rest but for noise, as brax has it."""
         return Body(self._simulator.reset(key), task)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from .. import inner
 from ..learner import Ensemble, MetaLearner
@@ -164,8 +164,24 @@ class Tasks(TaskDistribution):
 
     def sample(self, key: PRNGKeyArray) -> Task:
         """The task that this key names."""
+        return self._of(self.env.sample_task(key))
+
+    def episode(self, key: PRNGKeyArray, i: int | Integer[Array, ""]) -> Task:
+        """The task that this key names; of an environment's `all_tasks`, if it has them, number
+        `i`, and so on from the first again.
+
+        With two directions to run in, drawn by chance, most meta-batches would want one more
+        often than the other, and a policy that is to be fit for both drifts to and fro.
+        """
+        few = getattr(self.env, "all_tasks", None)
+        if few is None:
+            return self.sample(key)
+        count = len(jax.tree.leaves(few)[0])
+        return self._of(jax.tree.map(lambda leaf: leaf[i % count], few))
+
+    def _of(self, task: EnvTask) -> Task:
         source = RollOut(
-            self.env, self.env.sample_task(key), self.trajectories, self.horizon,
+            self.env, task, self.trajectories, self.horizon,
             self.discount, self.gae_lambda, self.baseline, self.standardised,
         )  # fmt: skip
         return Task(source, source)
