@@ -55,6 +55,8 @@ def test_goals(glider, robot, most):
     signs = jax.vmap(rl.Locomotion(robot, "direction").sample_task)(keys)
     assert set(np.unique(signs)) == {-1, 1}
     assert abs(signs.mean()) < 5 / 4000**0.5
+    np.testing.assert_array_equal(rl.Locomotion(robot, "direction").all_tasks, [1, -1])
+    assert rl.Locomotion(robot, "velocity").all_tasks is None
 
 
 @pytest.mark.parametrize(
