@@ -128,7 +128,7 @@ def named() -> list[tuple[str, str, str, Experiment]]:
         "learner": {"inner_lr": 0.5}, "meta_batch": 40, "steps": 100,
         "evaluation": {"lr": [0.5, 0.25]},
     }  # fmt: skip
-    runs = "MAML-TRPO, half-cheetah in brax, forwards or backwards"
+    runs = "MAML, half-cheetah in brax, forwards or backwards"
     away = f"-50.7 / 293.2 / 313.5 / 315.7; {_OTHER_PHYSICS}"
     return [
         ("maml-navigation", about, points, navigation),
@@ -143,8 +143,7 @@ def named() -> list[tuple[str, str, str, Experiment]]:
         ),
         ("maml-half_cheetah-direction", runs, away, cheetah),
         (
-            "maml-half_cheetah-direction-short",
-            f"{runs.replace('TRPO', 'PPO')}, for two CPU cores: {_SHORT_RUN}",
+            "maml-half_cheetah-direction-short", f"{runs}, for two CPU cores: {_SHORT_RUN}",
             away, changed(cheetah, SHORT["half_cheetah"]),
         ),
         (
