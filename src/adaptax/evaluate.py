@@ -82,9 +82,7 @@ class Report:
         """Half the 95 % confidence interval of that mean: 1.96 standard errors over episodes."""
         values = self.values[metric][:, step]
         values = values if diverged else values[~self._diverged(step)]
-        with np.errstate(all="ignore"):
-            spread = np.std(values, ddof=1) if len(values) > 1 else math.nan
-        return float(1.96 * spread / math.sqrt(len(values)))
+        return float(metrics.ci95(values))
 
     def ece(self, step: int = -1) -> float:
         """Expected calibration error over the queries of all episodes, in bins of confidence."""

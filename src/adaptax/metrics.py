@@ -6,8 +6,11 @@ its particles equally. Metrics are means over the queries of one episode.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.special import entr, ndtr
 from jaxtyping import Array, Bool, Float, Int
 
@@ -132,6 +135,17 @@ def coverage(
         **{f"coverage_{level}": _fraction(found) for level, found in zip(LEVELS, inside)},
         "quantiles": counts.astype(u.dtype),
     }
+
+
+def ci95(values: Float[np.ndarray, "episodes ..."]) -> Float[np.ndarray, ...]:
+    """Half the 95 % confidence interval of the mean over episodes: 1.96 standard errors.
+
+    NaN where there are fewer than two.
+    """
+    if len(values) < 2:
+        return np.full(values.shape[1:], math.nan)
+    with np.errstate(all="ignore"):
+        return np.asarray(1.96 * np.std(values, axis=0, ddof=1) / math.sqrt(len(values)))
 
 
 def calibration_error(bins: Float[Array, "bins 3"]) -> float:

@@ -57,7 +57,7 @@ class ActiveCurves:
 
     def ci95(self, strategy: str, metric: str | None = None) -> Float[np.ndarray, " sizes"]:
         """Half the 95 % confidence interval of that mean: 1.96 standard errors over episodes."""
-        return _ci95(self._of(strategy, metric))
+        return metrics.ci95(self._of(strategy, metric))
 
     def difference(
         self, metric: str | None = None, *, of: str = "entropy", to: str = "random"
@@ -73,7 +73,7 @@ class ActiveCurves:
             to: the strategy to compare it with.
         """
         paired = self._of(of, metric) - self._of(to, metric)
-        return _mean(paired), _ci95(paired)
+        return _mean(paired), metrics.ci95(paired)
 
     @property
     def informed(self) -> list[str]:
@@ -421,10 +421,3 @@ def _check(
 def _mean(values: np.ndarray) -> np.ndarray:
     with np.errstate(all="ignore"):
         return np.mean(values, axis=0)
-
-
-def _ci95(values: np.ndarray) -> np.ndarray:
-    if len(values) < 2:
-        return np.full(values.shape[1:], math.nan)
-    with np.errstate(all="ignore"):
-        return 1.96 * np.std(values, axis=0, ddof=1) / math.sqrt(len(values))

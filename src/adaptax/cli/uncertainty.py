@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from .. import io, report
+from .. import io, metrics, report
 from ..evaluate import Report
 from ..recipes import (
     COMPARED_ON,
@@ -91,10 +91,8 @@ def beyond(one: Report, other: Report, metric: str = "r2") -> tuple[float, float
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
-    """Mean, and half its 95 % interval: 1.96 standard errors. NaN where there are too few."""
-    if len(values) < 2:
-        return float(values[0]) if len(values) else math.nan, math.nan
-    return float(np.mean(values)), 1.96 * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    """Mean, and half its 95 % interval. NaN where there are too few."""
+    return float(np.mean(values)) if len(values) else math.nan, float(metrics.ci95(values))
 
 
 def families(entry: Entry) -> dict[str, dict[str, Any]]:
