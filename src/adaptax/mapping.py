@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
@@ -63,7 +63,7 @@ def meta_value_and_grad(
     arrays, rest = eqx.partition(tasks, eqx.is_array)
     return meta_gradient(
         with_fast_path(learner, fast_path), meta, arrays, lambda task: eqx.combine(task, rest),
-        key=key, count=_task_count(tasks), progress=progress, mapping=mapping, mesh=mesh,
+        key=key, count=task_count(tasks), progress=progress, mapping=mapping, mesh=mesh,
     )  # fmt: skip
 
 
@@ -135,8 +135,7 @@ def over_devices(
     """
     if mesh is None or mesh.size == 1:
         return function(lambda own: own, common, tasks)
-    count = len(jax.tree.leaves(eqx.filter(tasks, eqx.is_array))[0])
-    if count % mesh.size:
+    if (count := task_count(tasks)) % mesh.size:
         raise ValueError(f"{mesh.size} devices do not divide a meta-batch of {count} tasks")
     axes = mesh.axis_names
     arrays, rest = eqx.partition((common, tasks), eqx.is_array)
@@ -240,7 +239,20 @@ def with_fast_path(learner: MetaLearner, fast_path: FastPath) -> MetaLearner:
     return twin
 
 
-def _task_count(tasks: Task) -> int:
+def everywhere(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """The arrays of a tree on every device of a mesh; without one, where they are."""
+    if mesh is None:
+        return tree
+    arrays, rest = eqx.partition(tree, lambda leaf: isinstance(leaf, jax.Array | np.ndarray))
+    return eqx.combine(jax.device_put(arrays, NamedSharding(mesh, P())), rest)
+
+
+def task_count(tasks: PyTree) -> int:
+    """How many tasks the arrays of a meta-batch lead with.
+
+    Raises:
+        ValueError: if they do not agree.
+    """
     counts = {leaf.shape[:1] for leaf in jax.tree.leaves(eqx.filter(tasks, eqx.is_array))}
     if len(counts) != 1 or counts == {()}:
         raise ValueError(

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from . import batch_norm, feed, io, tree
 from .augment import Augmentation
 from .conv import fast
-from .mapping import local_mesh
+from .mapping import everywhere, local_mesh
 from .models.residual import convolve_in
 from .run import Run
 from .task import Model, TaskDistribution
@@ -158,9 +158,8 @@ def pretrain(
         state, history = run.begin(state, plan, resume)
     mesh = local_mesh(batch, devices)
     bank = classified.bank if isinstance(classified, Episodes) else None
-    if mesh is not None:
-        # Once, and not at every call of the program: the bank of images may be large.
-        state, bank = jax.device_put((state, bank), NamedSharding(mesh, P()))
+    # Once, and not at every call of the program: the bank of images may be large.
+    state, bank = everywhere((state, bank), mesh)
     program = _program(recipe, fixed, classified, noise_key, mesh)
     judge = _judge(fixed, classified, order)
 

@@ -17,15 +17,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from . import feed, io, tree
 from .conv import FastPath
 from .evaluate import Evaluator
 from .learner import Meta, MetaLearner
-from .mapping import Mapping, chunk_size, local_mesh, meta_gradient, with_fast_path
+from .mapping import (
+    Mapping,
+    chunk_size,
+    everywhere,
+    local_mesh,
+    meta_gradient,
+    with_fast_path,
+)
 from .run import Run
 from .task import Model, Splits, Task, TaskDistribution
 
@@ -173,7 +179,7 @@ def fit(
         chunk: meta-steps in one compiled program; by default 500 of light tasks or 20 of heavy.
         mapping: how to map over tasks; see `adaptax.mapping.Mapping`.
         devices: local devices to share the meta-batch, a divisor of it; by default as many as
-            divide it for heavy tasks, and one for light ones.
+            divide it for heavy tasks or with `outer`, and one for light ones.
         fast_path: see `adaptax.conv.fast`.
         watch: called with each new record of `history`.
 
@@ -213,11 +219,8 @@ def fit(
     history: list[dict[str, Any]] = []
     if run is not None:
         state, history = run.begin(state, plan, resume)
-    if mesh is not None:
-        # Once, and not at every call of the program: the bank of images may be large.
-        everywhere = NamedSharding(mesh, P())
-        state = jax.device_put(state, everywhere)
-        tasks = jax.tree.map(lambda leaf: jax.device_put(leaf, everywhere), tasks)
+    # Once, and not at every call of the program: the bank of images may be large.
+    state, tasks = everywhere((state, tasks), mesh)
     judge = None
     if validate is not None:
         judge = _judge(learner, validate, fast_path, validation or {})

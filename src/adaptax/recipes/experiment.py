@@ -476,8 +476,9 @@ def changed(experiment: Experiment, changes: Mapping[str, Any]) -> Experiment:
         if isinstance(value, Mapping):
             given = {n: v for n, v in value.items() if v is not None}
             old = getattr(experiment, name)
-            replaced = RULES & given.keys() and RULES & old.keys() - given.keys()
-            value = {**({} if name == "outer" and replaced else old), **given}
+            if name == "outer" and RULES & given.keys() and RULES & (old.keys() - given.keys()):
+                old = {}
+            value = {**old, **given}
         if value is not None:
             new[name] = value
     return dataclasses.replace(experiment, **new)

@@ -13,13 +13,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PRNGKeyArray
 
-from .. import io, tree
+from .. import io, metrics, tree
 from ..learner import Meta, MetaLearner
-from ..mapping import local_mesh, map_over
+from ..mapping import everywhere, local_mesh, map_over
 from ..task import episode_key
 from .rollout import Tasks
 
@@ -66,9 +64,7 @@ class Returns:
             metric: `"return"`.
             step: gradient steps; −1 for the last.
         """
-        column = self.values[:, step]
-        spread = np.std(column, ddof=1) if len(column) > 1 else math.nan
-        return float(1.96 * spread / math.sqrt(len(column)))
+        return float(metrics.ci95(self.values[:, step]))
 
     def gain(self, step: int = -1) -> tuple[float, float]:
         """What adaptation brings: mean over tasks of the difference to the return before, and half
@@ -171,9 +167,7 @@ class Evaluator:
 
     def __call__(self, meta: Meta, *, key: PRNGKeyArray) -> Returns:
         """Returns on the tasks that `key` names."""
-        if self._mesh is not None:
-            arrays, rest = eqx.partition(meta, eqx.is_array)
-            meta = eqx.combine(jax.device_put(arrays, NamedSharding(self._mesh, P())), rest)
+        meta = everywhere(meta, self._mesh)
         values, sound = jax.tree.map(np.asarray, self._program(meta, key))
         wrong = sound & ~np.isfinite(values)
         if wrong.any():

@@ -79,11 +79,6 @@ def collect_all(
     return eqx.filter_vmap(each)(tasks, keys)
 
 
-def keys_of(tasks: Task, key: PRNGKeyArray) -> Key[Array, " tasks"]:
-    """A key for every task of a meta-batch."""
-    return jax.random.split(key, len(jax.tree.leaves(eqx.filter(tasks, eqx.is_array))[0]))
-
-
 def adapt(learner: MetaLearner, meta: Meta, collected: Collected) -> Model:
     """The adapted policy `θ'(θ)`, the roll-outs it learns from held fixed; differentiable."""
     steps = inner_steps(learner)

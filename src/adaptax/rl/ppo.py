@@ -11,10 +11,10 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .. import tree
 from ..learner import Meta, MetaLearner
-from ..mapping import Across, Mapping, over_devices, sum_over
+from ..mapping import Across, Mapping, over_devices, sum_over, task_count
 from ..task import Batch, Model, Task
 from .advantages import masked_mean
-from .frozen import adapt, collect_all, keys_of, returns
+from .frozen import adapt, collect_all, returns
 from .objectives import ratio
 
 
@@ -86,12 +86,14 @@ class PPO(eqx.Module):
             progress: not used.
             mesh: of devices to share the tasks among.
         """
+        keys = jax.random.split(key, task_count(tasks))
         trained, state, value, metrics = over_devices(
-            self._on_device, mesh, (learner, meta, state), (tasks, keys_of(tasks, key))
+            self._on_device, mesh, (learner, meta, state), (tasks, keys)
         )
         return eqx.combine(trained, meta), state, value, metrics
 
     def _on_device(self, across: Across, common: PyTree, mine: PyTree) -> PyTree:
+        """The step from the tasks of one device, all means taken over those of all."""
         learner, meta, state = common
         trained, fixed = eqx.partition(meta, eqx.is_inexact_array)
         rolled_out, rest = eqx.partition(collect_all(learner, meta, *mine), eqx.is_array)

@@ -18,8 +18,9 @@ from ..algorithms import particles
 from ..algorithms.maml import MAML
 from ..learner import Ensemble, Meta, MetaLearner
 from ..losses import Loss
+from ..mapping import Across, over_devices, task_count
 from ..task import Batch, Model, Source, Task
-from .frozen import collect_all, keys_of
+from .frozen import collect_all
 from .policies import Policies
 from .trpo import TRPO
 
@@ -238,14 +239,21 @@ class ParticleTRPO(eqx.Module):
             tasks: arrays lead with the task axis.
             key: of the roll-outs.
             progress: not used.
-            mesh: of devices to share the tasks among, in the step of each.
+            mesh: of devices to share the tasks among.
         """
         if not isinstance(learner, BayesianMAML):
             raise ValueError(
                 "ParticleTRPO steps the policies of adaptax.rl.BayesianMAML; for those of "
                 f"{type(learner).__name__} take TRPO"
             )
-        found = collect_all(learner, meta, tasks, keys_of(tasks, key))
+        keys = jax.random.split(key, task_count(tasks))
+        new, value, metrics = over_devices(self._on_device, mesh, (learner, meta), (tasks, keys))
+        return eqx.combine(new, meta), state, value, metrics
+
+    def _on_device(self, across: Across, common: Any, mine: Any) -> Any:
+        """The steps from the tasks of one device, all means taken over those of all."""
+        (learner, meta), (tasks, keys) = common, mine
+        found = collect_all(learner, meta, tasks, keys)
         arrays, rest = eqx.partition(meta.models, eqx.is_array)
 
         def improve(m: Array) -> tuple[Any, Array, dict[str, Array]]:
@@ -260,14 +268,10 @@ class ParticleTRPO(eqx.Module):
                 member = MAML(learner.loss, learner.inner_lr, learner.inner_steps)
             else:
                 member = _Member(learner.loss, learner, meta, m)
-            new, _, value, metrics = self.trpo.step(
-                member, one, (), Task(support, query), key=key, progress=progress, mesh=mesh
-            )
-            return eqx.filter(new, eqx.is_array), value, metrics
+            return self.trpo.on_device(across, (member, one), (Task(support, query), keys))
 
         new, values, metrics = jax.lax.map(improve, jnp.arange(learner.particles))
-        metrics = jax.tree.map(jnp.mean, metrics)
-        return Policies(eqx.combine(new, rest)), state, jnp.mean(values), metrics
+        return Policies(new), jnp.mean(values), jax.tree.map(jnp.mean, metrics)
 
 
 class _Member(MetaLearner):

@@ -15,10 +15,10 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ..learner import Meta, MetaLearner
 from ..losses import Loss
-from ..mapping import Across, Mapping, chunk_size, map_over, over_devices, sum_over
+from ..mapping import Across, Mapping, chunk_size, map_over, over_devices, sum_over, task_count
 from ..task import Batch, Task
 from .advantages import masked_mean
-from .frozen import Collected, adapt, collect_all, keys_of, returns
+from .frozen import Collected, adapt, collect_all, returns
 from .objectives import importance
 
 
@@ -107,13 +107,18 @@ class TRPO(eqx.Module):
             progress: not used.
             mesh: of devices to share the tasks among.
         """
-        trained, value, metrics = over_devices(
-            self._on_device, mesh, (learner, meta), (tasks, keys_of(tasks, key))
-        )
+        keys = jax.random.split(key, task_count(tasks))
+        trained, value, metrics = over_devices(self.on_device, mesh, (learner, meta), (tasks, keys))
         return eqx.combine(trained, meta), state, value, metrics
 
-    def _on_device(self, across: Across, common: PyTree, mine: PyTree) -> PyTree:
-        """The step from the tasks of one device, all means taken over those of all."""
+    def on_device(self, across: Across, common: PyTree, mine: PyTree) -> PyTree:
+        """The step, as `adaptax.mapping.over_devices` calls it on each device.
+
+        Args:
+            across: averages over devices.
+            common: learner and meta-parameters.
+            mine: this device's tasks, and a key for each.
+        """
         learner, meta = common
         trained, fixed = eqx.partition(meta, eqx.is_inexact_array)
         theta, unravel = ravel_pytree(trained)
