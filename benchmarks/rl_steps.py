@@ -185,66 +185,65 @@ def run_torch(stepping, curvature):
         cut = lambda batch: (*(a[:keep] for a in batch[:4]), batch[4])  # noqa: E731
         return cut(before), cut(after), (mean[:keep], log_std, logs[:keep])
 
-    def iterate(times=1, count=TASKS):
-        for _ in range(times):
-            tasks = []
-            for _ in range(count):
-                goal = random.uniform(-0.5, 0.5, 2).astype(np.float32)
-                before = roll_out(params, goal)
-                new = [w.detach() for w in adapted(params, before)]
-                after = roll_out(new, goal)
-                with torch.no_grad():
-                    old = mean_of(new, after[0]), new[6], log_prob(new, after[0], after[1])
-                tasks.append((before, after, old))
+    def iterate(count=TASKS):
+        tasks = []
+        for _ in range(count):
+            goal = random.uniform(-0.5, 0.5, 2).astype(np.float32)
+            before = roll_out(params, goal)
+            new = [w.detach() for w in adapted(params, before)]
+            after = roll_out(new, goal)
+            with torch.no_grad():
+                old = mean_of(new, after[0]), new[6], log_prob(new, after[0], after[1])
+            tasks.append((before, after, old))
 
-            def judge(tasks=tasks):
-                loss = kl = 0.0
-                for before, (x, action, advantage, mask, _), (mean, log_std, logs) in tasks:
-                    new, alive = adapted(params, before), mask.sum()
-                    law = mean_of(new, x)
-                    z = (action - law) * torch.exp(-new[6])
-                    now = -(z**2 / 2 + new[6] + math.log(2 * math.pi) / 2).sum(-1)
-                    loss = loss - (torch.exp(now - logs) * advantage * mask).sum() / alive
-                    ratio = torch.exp(2 * (log_std - new[6]))
-                    moved = (mean - law) * torch.exp(-new[6])
-                    each = (new[6] - log_std + (ratio + moved**2 - 1) / 2).sum(-1)
-                    kl = kl + (each * mask).sum() / alive
-                return loss / count, kl / count
+        def judge(tasks=tasks):
+            loss = kl = 0.0
+            for before, (x, action, advantage, mask, _), (mean, log_std, logs) in tasks:
+                new, alive = adapted(params, before), mask.sum()
+                law = mean_of(new, x)
+                z = (action - law) * torch.exp(-new[6])
+                now = -(z**2 / 2 + new[6] + math.log(2 * math.pi) / 2).sum(-1)
+                loss = loss - (torch.exp(now - logs) * advantage * mask).sum() / alive
+                ratio = torch.exp(2 * (log_std - new[6]))
+                moved = (mean - law) * torch.exp(-new[6])
+                each = (new[6] - log_std + (ratio + moved**2 - 1) / 2).sum(-1)
+                kl = kl + (each * mask).sum() / alive
+            return loss / count, kl / count
 
-            loss, kl = judge()
-            gradient = flat_grad(loss, retain_graph=curvature == 1)
-            if curvature < 1:
-                _, kl = judge([thinned(task) for task in tasks])
-            slope = flat_grad(kl, create_graph=True)
+        loss, kl = judge()
+        gradient = flat_grad(loss, retain_graph=curvature == 1)
+        if curvature < 1:
+            _, kl = judge([thinned(task) for task in tasks])
+        slope = flat_grad(kl, create_graph=True)
 
-            def fisher(v, slope=slope):
-                return flat_grad(slope @ v, retain_graph=True) + DAMPING * v
+        def fisher(v, slope=slope):
+            return flat_grad(slope @ v, retain_graph=True) + DAMPING * v
 
-            x, r = torch.zeros_like(gradient), gradient.clone()
-            along, squared = r.clone(), r @ r
-            for _ in range(CG_STEPS):
-                image = fisher(along)
-                rate = squared / (along @ image)
-                x, r = x + rate * along, r - rate * image
-                now = r @ r
-                along, squared = r + now / squared * along, now
-                if squared < 1e-10:
-                    break
-            step = torch.sqrt(2 * MAX_KL / (x @ (gradient - r) + 1e-8)) * x
-            theta, before_loss = flat(params).detach(), loss.item()
-            del slope, loss, kl
-            for i in range(TRIES):
-                unflat(theta - BACKTRACK**i * step, params)
-                loss, kl = (value.item() for value in judge())
-                if loss < before_loss and kl <= MAX_KL:
-                    break
-            else:
-                unflat(theta, params)
-            seen.update(
-                kl=kl,
-                return_before=float(np.mean([task[0][4] for task in tasks])),
-                return_after=float(np.mean([task[1][4] for task in tasks])),
-            )
+        x, r = torch.zeros_like(gradient), gradient.clone()
+        along, squared = r.clone(), r @ r
+        for _ in range(CG_STEPS):
+            image = fisher(along)
+            rate = squared / (along @ image)
+            x, r = x + rate * along, r - rate * image
+            now = r @ r
+            along, squared = r + now / squared * along, now
+            if squared < 1e-10:
+                break
+        step = torch.sqrt(2 * MAX_KL / (x @ (gradient - r) + 1e-8)) * x
+        theta, before_loss = flat(params).detach(), loss.item()
+        del slope, loss, kl
+        for i in range(TRIES):
+            unflat(theta - BACKTRACK**i * step, params)
+            loss, kl = (value.item() for value in judge())
+            if loss < before_loss and kl <= MAX_KL:
+                break
+        else:
+            unflat(theta, params)
+        seen.update(
+            kl=kl,
+            return_before=float(np.mean([task[0][4] for task in tasks])),
+            return_after=float(np.mean([task[1][4] for task in tasks])),
+        )
 
     seen = {}
     iterate(count=4)  # nothing compiles; enough to warm up
