@@ -12,7 +12,6 @@ from scipy import stats
 
 import adaptax as ax
 from adaptax import svgd
-from adaptax.algorithms.particles import Particles
 from adaptax.testing import check_meta_gradient
 
 KEY = jax.random.key(0)
@@ -99,13 +98,13 @@ def test_one_particle_under_bfa_is_maml(how):
     value, grads = value_and_gradient(ours, meta, tasks)
     expected, slope = value_and_gradient(theirs, model, tasks)
     assert np.isclose(value, expected, rtol=1e-14)
-    both = eqx.combine(member(grads.each, 0), grads.shared)
+    both = eqx.combine(member(grads.models, 0), grads.shared)
     assert close(both, slope)
     support = first(tasks).support
-    adapted = adapt(ours, meta, support).models
-    assert close(adapted, adapt(theirs, model, support))
-    path = iterates(ours, meta, support, 2).models
-    assert close(path, iterates(theirs, model, support, 2))
+    assert close(adapt(ours, meta, support).member(0), adapt(theirs, model, support))
+    path = iterates(ours, meta, support, 2)
+    only = jax.tree.map(lambda leaf: leaf[:, 0] if eqx.is_array(leaf) else leaf, path.models)
+    assert close(eqx.combine(only, path.shared), iterates(theirs, model, support, 2))
 
 
 @double
@@ -115,7 +114,7 @@ def test_golden_chaser_of_one_particle():
     learner = ax.BayesianMAML(quadratic, 0.1, particles=1)
     value, grads = value_and_gradient(learner, learner.init(point([0.5]), key=KEY), task)
     assert np.isclose(value, (0.1 * 2.5 * 0.4) ** 2, rtol=1e-13)
-    assert np.isclose(grads.each.params[0, 0], 0.16, rtol=1e-13)
+    assert np.isclose(grads.models.params[0, 0], 0.16, rtol=1e-13)
 
 
 @double
@@ -137,8 +136,8 @@ def test_the_chaser_takes_steps_of_svgd():
     task, rule = first(waves()), svgd.RBF("median-all", half=True)
     learner = ax.BayesianMAML(mse, 0.1, 2, particles=4, kernel=rule)
     meta = learner.init(nets(4), key=KEY)
-    x, unravel = jax.flatten_util.ravel_pytree(member(meta.each, 0))
-    x = jax.vmap(lambda m: jax.flatten_util.ravel_pytree(m)[0])(meta.each)
+    x, unravel = jax.flatten_util.ravel_pytree(member(meta.models, 0))
+    x = jax.vmap(lambda m: jax.flatten_util.ravel_pytree(m)[0])(meta.models)
     static = eqx.filter(net(), eqx.is_inexact_array, inverse=True)
     slope = jax.jit(
         jax.vmap(jax.grad(lambda v: mse(eqx.combine(unravel(v), static), task.support)))
@@ -165,8 +164,8 @@ def test_the_order_of_particles_does_not_matter(objective):
         for start in (nets(4), ax.Ensemble(member(nets(4).models, order)))
     ))  # fmt: skip
     assert np.isclose(*values, rtol=1e-12)
-    moved = member(grads[0].each, order)
-    assert close(moved, grads[1].each)
+    moved = member(grads[0].models, order)
+    assert close(moved, grads[1].models)
 
 
 @double
@@ -191,7 +190,7 @@ def test_the_mixture_of_very_improbable_particles():
     value, grads = value_and_gradient(learner, learner.init(start, key=KEY), task)
     each = 5 * np.array([100.0, 100.1, 99.0]) ** 2  # about 10⁴: exp of them is 0
     assert np.isclose(value, each[2] + np.log(3), rtol=1e-12)
-    assert np.isclose(grads.each.params[2, 0], 990, rtol=1e-9)
+    assert np.isclose(grads.models.params[2, 0], 990, rtol=1e-9)
 
 
 @double
@@ -227,7 +226,7 @@ def test_the_leader_is_held_fixed():
     follow = ax.BayesianMAML(quadratic, 0.1, 3, particles=2)
     there = jax.jit(chaser)(start)
     leader = follow.adapt(
-        Particles(point(there), ax.Functional(None, constant)), union(task), key=KEY
+        ax.Ensemble(point(there), ax.Functional(None, constant)), union(task), key=KEY
     ).models.params
     tasks = jax.tree.map(lambda leaf: leaf[None], task)
     meta = learner.init(ax.Ensemble(point(start)), key=KEY)
@@ -235,7 +234,7 @@ def test_the_leader_is_held_fixed():
     assert np.isclose(value, jnp.sum((there - leader) ** 2), rtol=1e-12)
     jacobian = jax.jacobian(lambda t: chaser(t[:, None])[:, 0])(start[:, 0])
     expected = 2 * jacobian.T @ (there - leader)[:, 0]
-    assert np.allclose(grads.each.params[:, 0], expected, rtol=1e-11)
+    assert np.allclose(grads.models.params[:, 0], expected, rtol=1e-11)
 
 
 @pytest.mark.parametrize("objective", ["chaser", "bfa"])
@@ -266,15 +265,24 @@ def test_heads_on_shared_features():
         mse, 0.1, 2, particles=3, objective="bfa", adapt_only=ax.tree.under("head")
     )
     tasks, meta = waves(), learner.init(net(), key=KEY)
-    assert ax.tree.count(meta.each) == 3 * ax.tree.count(net().head)
+    assert ax.tree.count(meta.models) == 3 * ax.tree.count(net().head)
     assert np.array_equal(meta.shared.layers[0].weight, net().layers[0].weight)
     support, x = first(tasks).support, first(tasks).query.x
-    models = adapt(learner, meta, support).models
-    assert np.array_equal(models.layers[1].weight, jnp.stack([net().layers[1].weight] * 3))
-    assert np.ptp(models.head.weight, axis=0).min() > 1e-3
-    each = [member(models, m)(x) for m in range(3)]
-    assert np.allclose(ax.Ensemble(models)(x), each, rtol=1e-12)
-    assert np.allclose(meta(x), meta.ensemble()(x), rtol=1e-12)
+    adapted = adapt(learner, meta, support)
+    assert np.array_equal(adapted.shared.layers[1].weight, net().layers[1].weight)
+    assert np.ptp(adapted.models.head.weight, axis=0).min() > 1e-3
+    assert adapted.particles == 3
+    assert adapted.size == ax.tree.count(net())
+    alone = adapted.stacked()
+    assert alone.shared is None
+    assert np.array_equal(alone.models.layers[1].weight, jnp.stack([net().layers[1].weight] * 3))
+    each = [adapted.member(m)(x) for m in range(3)]
+    assert np.array_equal(each, [alone.member(m)(x) for m in range(3)])
+    assert np.allclose(adapted(x), each, rtol=1e-12)
+    assert np.allclose(alone(x), each, rtol=1e-12)
+    path = iterates(learner, meta, support, 2)
+    last = jax.tree.map(lambda leaf: leaf[-1] if eqx.is_array(leaf) else leaf, path)
+    assert close(last, adapted)
     _, grads = value_and_gradient(learner, meta, tasks)
     assert np.any(grads.shared.layers[0].weight)
 
@@ -287,13 +295,21 @@ def test_the_features_are_computed_once_for_all_heads():
         learner = ax.BayesianMAML(
             ax.losses.cross_entropy, particles=count, objective="bfa", adapt_only=adapt_only
         )
-        arrays, rest = eqx.partition(learner.init(model, key=KEY), eqx.is_array)
+        meta = learner.init(model, key=KEY)
+        path = learner.iterates(meta, ax.Batch(x, jnp.zeros(20, int)), key=KEY, steps=1)
+        last = jax.tree.map(lambda leaf: leaf[-1] if eqx.is_array(leaf) else leaf, path)
+        return [flops(meta), flops(last)]
+
+    def flops(ensemble):
+        arrays, rest = eqx.partition(ensemble, eqx.is_array)
         call = jax.jit(lambda arrays: eqx.combine(arrays, rest)(x))
         return call.lower(arrays).compile().cost_analysis()["flops"]
 
-    one, heads, whole = work(1, None), work(10, ax.tree.under("head")), work(10, None)
-    assert whole > 9 * one
-    assert heads < 2.5 * one
+    for one, heads, whole in zip(
+        work(1, None), work(10, ax.tree.under("head")), work(10, None), strict=True
+    ):
+        assert whole > 9 * one
+        assert heads < 2.5 * one
 
 
 # Where particles start
@@ -304,15 +320,15 @@ def test_particles_around_a_model():
     model = ax.models.MLP(1, 1, (60, 60), key=KEY)
     for spread in (1.0, 0.1):
         meta = ax.BayesianMAML(mse, particles=50, spread=spread).init(model, key=KEY)
-        assert np.array_equal(flat(member(meta.each, 0)), flat(model))
-        weight = np.asarray(meta.each.layers[1].weight)
+        assert np.array_equal(flat(member(meta.models, 0)), flat(model))
+        weight = np.asarray(meta.models.layers[1].weight)
         std = float(jnp.std(model.layers[1].weight))
         others = weight[1:].reshape(49, -1)
         assert np.allclose(others.std(axis=1), std, rtol=5 / np.sqrt(2 * 3600))
         related = [np.corrcoef(weight[0].ravel(), other)[0, 1] for other in others]
         assert np.allclose(related, math.sqrt(1 - spread**2), atol=5 / 60)
-        assert not np.any(meta.each.layers[1].bias)  # constant arrays stay as they are
-    small = np.asarray(meta.each.layers[1].weight)
+        assert not np.any(meta.models.layers[1].bias)  # constant arrays stay as they are
+    small = np.asarray(meta.models.layers[1].weight)
     distance = np.sqrt(np.mean((small[1:] - small[0]) ** 2))
     assert np.isclose(distance, std * math.sqrt(2 - 2 * math.sqrt(1 - 0.01)), rtol=0.02)
 
@@ -323,12 +339,12 @@ def test_particles_from_what_was_trained():
     ensemble = ax.fit(emaml, nets(3), tasks.train, steps=2, meta_batch=2, key=KEY).meta
     learner = ax.BayesianMAML(mse, 0.05, particles=3, adapt_only=ax.tree.under("head"))
     meta = learner.init(ensemble, key=KEY)
-    assert np.array_equal(meta.each.head.weight, ensemble.models.head.weight)
+    assert np.array_equal(meta.models.head.weight, ensemble.models.head.weight)
     assert np.array_equal(meta.shared.layers[0].weight, ensemble.models.layers[0].weight[0])
-    assert learner.init(meta, key=KEY) is meta
+    assert close(learner.init(meta, key=KEY), meta)
     assert emaml.init(ensemble, key=KEY) is ensemble
     result = ax.fit(learner, ensemble, tasks.train, steps=2, meta_batch=2, key=KEY)
-    assert isinstance(result.meta, Particles)
+    assert isinstance(result.meta, ax.Ensemble)
     for start in (nets(2), meta):
         with pytest.raises(ValueError, match="particles=4, and was given an ensemble of"):
             ax.BayesianMAML(mse, particles=4).init(start, key=KEY)
@@ -378,13 +394,13 @@ def test_the_released_regression():
         ax.gaussian_nll, 1e-3, particles=3, prior=ax.gamma_prior, chase=ax.tree.under("model")
     )
     tasks, meta = waves(), learner.init(regressor(), key=KEY)
-    assert meta.each.log_gamma.shape == (3,)
+    assert meta.models.log_gamma.shape == (3,)
     task = first(tasks)
     value, _ = value_and_gradient(learner, meta, jax.tree.map(lambda leaf: leaf[:1], tasks))
     chaser = adapt(learner, meta, task.support).models
-    assert not np.allclose(chaser.log_gamma, meta.each.log_gamma)
-    assert not np.allclose(chaser.log_lambda, meta.each.log_lambda)
-    follow = Particles(ax.tree.parameters(chaser), meta.shared)
+    assert not np.allclose(chaser.log_gamma, meta.models.log_gamma)
+    assert not np.allclose(chaser.log_lambda, meta.models.log_lambda)
+    follow = ax.Ensemble(ax.tree.parameters(chaser), meta.shared)
     leader = adapt(learner, follow, union(task)).models
     squares = np.sum((flat(chaser.model) - flat(leader.model)) ** 2)
     assert np.isclose(value, squares, rtol=1e-12)
@@ -399,7 +415,7 @@ def test_scores_under_learned_noise():
     )
     tasks = ax.tasks.sinusoid(5, 6).test
     meta = learner.init(regressor(), key=KEY)
-    meta = eqx.tree_at(lambda m: m.each.log_gamma, meta, jnp.log(1 / jnp.array([0.1, 1.0, 4.0])))
+    meta = eqx.tree_at(lambda m: m.models.log_gamma, meta, jnp.log(1 / jnp.array([0.1, 1.0, 4.0])))
     report = ax.evaluate(learner, meta, tasks, episodes=1, at=[0], noise="learned", key=KEY)
     task = tasks.sample(ax.task.episode_key("test", KEY, 0))
     f = np.asarray(meta(task.query.x))

@@ -397,9 +397,9 @@ def predict(
 
 def _backbone(model: Model) -> str:
     """The kind of network and its size."""
-    particles = getattr(model, "particles", 1)
     kind = type(model.models if hasattr(model, "particles") else model).__name__
-    return f"{kind}, {tree.count(model) // particles:,} parameters"
+    size = model.size if hasattr(model, "particles") else tree.count(model)
+    return f"{kind}, {size:,} parameters"
 
 
 def _chosen(length: int, at: Sequence[int] | None) -> list[int]:
@@ -429,10 +429,13 @@ def _scores(predictions: Array, targets: Array, noise: Any) -> dict[str, Array]:
 
 def learned_noise(model: Model) -> Float[Array, "*particles"]:
     """The standard deviations that a model, or each of an ensemble, learned."""
-    owner = model.models if isinstance(model, Ensemble) else model
-    if not hasattr(owner, "noise"):
-        raise ValueError(
-            f'noise="learned" asks the model for its `noise`, and {type(owner).__name__} has '
-            "none; wrap it in adaptax.Gaussian, or give a number"
-        )
-    return owner.noise
+
+    def noise(model: Model) -> Array:
+        if not hasattr(model, "noise"):
+            raise ValueError(
+                f'noise="learned" asks the model for its `noise`, and {type(model).__name__} has '
+                "none; wrap it in adaptax.Gaussian, or give a number"
+            )
+        return model.noise
+
+    return model.map(noise) if isinstance(model, Ensemble) else noise(model)

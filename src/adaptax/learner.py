@@ -7,6 +7,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
@@ -80,20 +81,57 @@ class MetaLearner(eqx.Module):
 class Ensemble(eqx.Module):
     """Models of one structure, stacked: predictions lead with a particle axis.
 
+    What all models have alike need not be repeated, nor what follows from it be computed more than
+    once: an extractor of features runs once for all heads.
+
     Args:
         models: a model whose arrays lead with an axis of particles; see `adaptax.tree.stack`.
+        shared: the model's other leaves, in place of which `models` has `None`; nothing if `None`.
     """
 
     models: Model
+    shared: Model = None
 
     def __call__(self, x: PyTree) -> PyTree:
         """Predictions `(particles, n, out)`."""
-        return eqx.filter_vmap(lambda model: model(x), in_axes=eqx.if_array(0))(self.models)
+        return self.map(lambda model: model(x))
+
+    def map(self, function: Callable[..., PyTree], *more: PyTree) -> PyTree:
+        """The function of every model, results leading with an axis of particles.
+
+        Args:
+            function: of a model, and of its part of `more`.
+            more: arrays that lead with that axis, too.
+        """
+        each = lambda own, *more: function(self._whole(own), *more)  # noqa: E731
+        return eqx.filter_vmap(each, in_axes=eqx.if_array(0))(self.models, *more)
+
+    def member(self, index: int) -> Model:
+        """One of the models."""
+        return self._whole(
+            jax.tree.map(lambda leaf: leaf[index] if eqx.is_array(leaf) else leaf, self.models)
+        )
+
+    def stacked(self) -> Ensemble:
+        """The same models, each with arrays of its own: nothing is shared."""
+        if self.shared is None:
+            return self
+        arrays, rest = eqx.partition(self.shared, eqx.is_array)
+        lead = lambda leaf: jnp.broadcast_to(leaf, (self.particles, *leaf.shape))  # noqa: E731
+        return Ensemble(eqx.combine(self.models, jax.tree.map(lead, arrays), rest))
 
     @property
     def particles(self) -> int:
         """Number of models."""
         return len(jax.tree.leaves(tree.parameters(self.models))[0])
+
+    @property
+    def size(self) -> int:
+        """Number of parameters of a model."""
+        return tree.count(self.models) // self.particles + tree.count(self.shared)
+
+    def _whole(self, own: Model) -> Model:
+        return own if self.shared is None else eqx.combine(own, self.shared)
 
 
 class Functional(eqx.Module):

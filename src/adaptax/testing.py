@@ -336,7 +336,7 @@ def _adapted(
     """Parameters and rest of an adapted model, and a batch for the loss."""
     model = eqx.filter_jit(learner.adapt)(meta, task.support, key=key)
     if isinstance(model, Ensemble):
-        model = jax.tree.map(lambda leaf: leaf[0] if eqx.is_array(leaf) else leaf, model.models)
+        model = model.member(0)
     params, rest = eqx.partition(model, eqx.is_inexact_array)
     return params, rest, task.support.draw(model, key)
 

@@ -18,7 +18,7 @@ from ..learner import Ensemble, Meta, MetaLearner
 from ..losses import Loss
 from ..task import Batch, Model, Source, Task
 from . import particles
-from .particles import Particles, nonempty
+from .particles import nonempty
 
 
 class BayesianMAML(MetaLearner):
@@ -106,7 +106,7 @@ class BayesianMAML(MetaLearner):
             raise ValueError(f"leader_steps is 0 or more, not {self.leader_steps}")
 
     def init(self, model: Model, *, key: PRNGKeyArray) -> Meta:
-        """`Particles` around a model, or those of an `Ensemble`.
+        """An `Ensemble` around a model, or the one that is given, what is not adapted shared.
 
         The first particle is the model itself. The others have every adapted array drawn anew,
         about its mean over entries: `mean + √(1 − s²) (θ − mean) + s · std · ε`, where s is
@@ -115,34 +115,31 @@ class BayesianMAML(MetaLearner):
 
         Args:
             model: where to start: any model; or an `Ensemble` of as many models as there are
-                particles, the first of which gives what is shared; or `Particles`, to continue.
+                particles, the first of which gives what is shared.
             key: of the draws.
 
         Raises:
             ValueError: if the numbers of particles differ, or a parameter to draw has no spread.
         """
-        if isinstance(model, Particles):
-            particles.demand(model.ensemble(), self.particles)
-            return model
         if isinstance(model, Ensemble):
             particles.demand(model, self.particles)
-            first = jax.tree.map(lambda leaf: leaf[0] if eqx.is_array(leaf) else leaf, model.models)
+            first = model.member(0)
             mask = tree.adaptable(first, self.adapt_only)
-            return Particles(eqx.filter(model.models, mask), eqx.filter(first, mask, inverse=True))
-        adapted, shared = eqx.partition(model, tree.adaptable(model, self.adapt_only))
-        return Particles(particles.around(adapted, self.particles, self.spread, key), shared)
+            each = eqx.filter(model.stacked().models, mask)
+            return Ensemble(each, eqx.filter(first, mask, inverse=True))
+        mask = tree.adaptable(model, self.adapt_only)
+        return particles.around(model, self.particles, self.spread, key, mask)
 
     def adapt(self, meta: Meta, support: Source, *, key: PRNGKeyArray) -> Model:
         """An `Ensemble` of the particles after `eval_steps` steps on the support."""
-        return self._descend(meta, support, key, self._eval_steps).model.ensemble()
+        return self._descend(meta, support, key, self._eval_steps).model
 
     def iterates(
         self, meta: Meta, support: Source, *, key: PRNGKeyArray, steps: int | None = None
     ) -> Model:
         """The ensembles after 0, 1, … `steps` (by default `eval_steps`) steps."""
         steps = self._eval_steps if steps is None else steps
-        path: Any = self._descend(meta, support, key, steps, keep_path=True).path
-        return path.ensemble(axis=1)
+        return self._descend(meta, support, key, steps, keep_path=True).path
 
     def meta_loss(
         self, meta: Meta, task: Task, *, key: PRNGKeyArray, progress: float | Array = 1.0
@@ -164,7 +161,7 @@ class BayesianMAML(MetaLearner):
         if moved is None:
             chaser = self._descend(meta, task.support, adapt_key, self.inner_steps).model
         else:
-            chaser = Particles(there.state[-1].each, meta.shared)
+            chaser = Ensemble(there.state[-1].models, meta.shared)
         return self._compare(chaser, there.model, task, key)
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
@@ -192,7 +189,7 @@ class BayesianMAML(MetaLearner):
         return 1 if self.leader_steps is None else self.leader_steps
 
     def _compare(
-        self, chaser: Particles, there: Particles, task: Task, key: PRNGKeyArray
+        self, chaser: Ensemble, there: Ensemble, task: Task, key: PRNGKeyArray
     ) -> Float[Array, ""]:
         """The outer loss of a chaser, with a leader that continues from `there`."""
         _, query_key, leader_key = jax.random.split(key, 3)
@@ -211,28 +208,28 @@ class BayesianMAML(MetaLearner):
         union = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *seen)
         start = inner.stop(there)
         leader = inner.stop(self._descend(start, union, leader_key, self._leader_steps).model)
-        pair = [one.each for one in (chaser, leader)]
+        pair = [one.models for one in (chaser, leader)]
         if self.chase is not None:
-            chosen = jax.tree.map(self.chase, tree.paths(chaser.each))
+            chosen = jax.tree.map(self.chase, tree.paths(chaser.models))
             if not any(jax.tree.leaves(chosen)):
                 raise ValueError("chase chose no parameter that particles differ in")
-            pair = [eqx.filter(each, chosen) for each in pair]
+            pair = [eqx.filter(models, chosen) for models in pair]
         return tree.squared_distance(*pair)
 
     def _descend(
         self,
-        meta: Particles,
+        meta: Ensemble,
         support: Source,
         key: PRNGKeyArray,
         steps: int,
         *,
-        moved: Particles | None = None,
+        moved: Ensemble | None = None,
         **how: Any,
     ) -> inner.Descent:
         """SVGD; with `moved`, the last of the rule's states is where that comes to be."""
         rate = self.inner_lr
         if not jax.tree_util.treedef_is_leaf(jax.tree.structure(rate)):
-            rate = Particles(rate, rate)  # a rate for every parameter of a model
+            rate = Ensemble(rate, rate)  # a rate for every parameter of a model
         rule = optax.chain(svgd.stein(self.kernel), inner.sgd(rate))
         return inner.run(
             self._posterior,
@@ -243,11 +240,11 @@ class BayesianMAML(MetaLearner):
             optimizer=rule if moved is None else _alongside(rule, moved),
             first_order=self.first_order,
             remat=self.remat,
-            adapt_only=tree.under("each"),
+            adapt_only=tree.under("models"),
             **how,
         )
 
-    def _posterior(self, ensemble: Particles, batch: Batch) -> Float[Array, ""]:
+    def _posterior(self, ensemble: Ensemble, batch: Batch) -> Float[Array, ""]:
         """`−Σ_m log p(θ^m | batch)`, whose gradient is that of each particle."""
 
         def one(model: Model) -> Float[Array, ""]:
@@ -257,13 +254,11 @@ class BayesianMAML(MetaLearner):
         return jnp.sum(ensemble.map(one))
 
 
-def _alongside(
-    rule: optax.GradientTransformation, moved: Particles
-) -> optax.GradientTransformation:
+def _alongside(rule: optax.GradientTransformation, moved: Ensemble) -> optax.GradientTransformation:
     """The rule, which also moves other particles, by the gradients of those it is run on."""
 
-    def init(params: Particles) -> PyTree:
-        other = Particles(moved.each, params.shared)
+    def init(params: Ensemble) -> PyTree:
+        other = Ensemble(moved.models, params.shared)
         return rule.init(params), rule.init(other), other
 
     def update(grads: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:

@@ -95,3 +95,8 @@ class MeanOfLogits(eqx.Module):
     def particles(self) -> int:
         """Number of models."""
         return self.ensemble.particles
+
+    @property
+    def size(self) -> int:
+        """Number of parameters of a model."""
+        return self.ensemble.size

@@ -60,10 +60,8 @@ class MAMLEnsemble(MetaLearner):
         """An `Ensemble` around a model, its first member, or the one that is given."""
         if isinstance(model, Ensemble):
             particles.demand(model, self.particles)
-            return model
-        arrays, rest = eqx.partition(model, eqx.is_inexact_array)
-        each = particles.around(arrays, self.particles, self.spread, key)
-        return particles.Particles(each, rest).ensemble()
+            return model.stacked()
+        return particles.around(model, self.particles, self.spread, key).stacked()
 
     def adapt(self, meta: Meta, support: Source, *, key: PRNGKeyArray) -> Model:
         """An `Ensemble` of every member after `eval_steps` steps on the support."""

@@ -1,10 +1,8 @@
-"""Particles: models that differ in some parameters, where they start, and what they learn from."""
+"""Particles, the models of an ensemble: where they start, and what they learn from."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -15,60 +13,27 @@ from .. import tree
 from ..learner import Ensemble
 from ..task import Batch, Model, Source
 
-T = TypeVar("T")
 
+def around(
+    model: Model, count: int, spread: float, key: PRNGKeyArray, differ: PyTree = None
+) -> Ensemble:
+    """A model, and others like it: where the particles of a learner start.
 
-class Particles(eqx.Module):
-    """M models that differ in some of their parameters and share the others.
-
-    Args:
-        each: the parameters that differ, leading with an axis of M; `None` in place of the others.
-        shared: everything else; `None` in place of those.
-    """
-
-    each: PyTree
-    shared: PyTree
-
-    def __call__(self, x: PyTree) -> PyTree:
-        """Predictions `(particles, n, out)`."""
-        return self.map(lambda model: model(x))
-
-    def map(self, function: Callable[[Model], T]) -> T:
-        """The function of every model, results leading with an axis of M."""
-        return jax.vmap(lambda own: function(eqx.combine(own, self.shared)))(self.each)
-
-    def ensemble(self, axis: int = 0) -> Ensemble:
-        """The same models, each with parameters of its own.
-
-        Args:
-            axis: where the axis of M is in `each`, and shall be in all arrays.
-        """
-        count = jax.tree.leaves(self.each)[0].shape[axis]
-
-        def repeat(leaf: Any) -> Any:
-            if not eqx.is_array(leaf):
-                return leaf
-            shape = (*leaf.shape[:axis], count, *leaf.shape[axis:])
-            return jnp.broadcast_to(jnp.expand_dims(leaf, axis), shape)
-
-        return Ensemble(eqx.combine(self.each, jax.tree.map(repeat, self.shared)))
-
-
-def around(arrays: PyTree, count: int, spread: float, key: PRNGKeyArray) -> PyTree:
-    """The arrays, and others like them, stacked: where the particles of a learner start.
-
-    The others are drawn about the mean of an array over its entries:
+    The others have arrays drawn about the mean of the model's over their entries:
     `mean + √(1 − s²) (θ − mean) + s · std · ε`, std that over entries.
 
     Args:
-        arrays: a pytree of them.
-        count: how many to stack, M.
+        model: the first particle.
+        count: how many there are to be, M.
         spread: s, in (0, 1]. With 1 the others are independent of the arrays, and of their scale.
         key: of the draws.
+        differ: a mask of the arrays to draw, the others are shared; all inexact ones if `None`.
 
     Raises:
         ValueError: if none of the arrays varies over its entries, so that all would be equal.
     """
+    mask = eqx.is_inexact_array if differ is None else differ
+    arrays, shared = eqx.partition(model, mask)
 
     def draw(leaf: Array, noise: Array) -> Array:
         mean, std = jnp.mean(leaf), jnp.std(leaf)
@@ -88,7 +53,7 @@ def around(arrays: PyTree, count: int, spread: float, key: PRNGKeyArray) -> PyTr
             "every parameter that particles would differ in is constant over its entries, so that "
             "nothing tells how far apart to start; start from an Ensemble of models instead"
         )
-    return drawn
+    return Ensemble(drawn, shared)
 
 
 def check(count: int, spread: float) -> None:

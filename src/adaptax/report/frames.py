@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray, PyTree
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
@@ -65,16 +65,17 @@ def frames(
         task_key, adapt_key, walk_key = jax.random.split(key, 3)
         task = tasks.sample(task_key)
         path: Any = learner.iterates(meta, task.support, key=adapt_key, steps=steps)
-        several = isinstance(path, Ensemble | Policies)
-        arrays, rest = eqx.partition(path.models if several else path, eqx.is_array)
+        arrays, rest = eqx.partition(path, eqx.is_array)
         ends = jax.tree.map(lambda leaf: leaf[jnp.array([0, -1])], arrays)
-        if several:
-            ends = jax.tree.map(lambda leaf: leaf[:, 0], ends)
         source: Any = task.query
-        return jax.lax.map(
-            lambda one: _episode(env, eqx.combine(one, rest), source.task, tasks.horizon, walk_key),
-            ends,
-        )
+
+        def episode(one: PyTree) -> tuple[Array, Array, Array]:
+            policy = eqx.combine(one, rest)
+            policy = policy.ensemble if isinstance(policy, Policies) else policy
+            policy = policy.member(0) if isinstance(policy, Ensemble) else policy
+            return _episode(env, policy, source.task, tasks.horizon, walk_key)
+
+        return jax.lax.map(episode, ends)
 
     keys = jax.random.split(key, CANDIDATES)
     goals = np.asarray(jax.vmap(lambda key: env.sample_task(jax.random.split(key, 3)[0]))(keys))

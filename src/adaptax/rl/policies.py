@@ -9,12 +9,10 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from .. import tree
-from ..losses import Loss
+from ..learner import Ensemble
 from ..models import MLP
-from ..task import Batch, Model
 
 MIN_STD = 1e-6
 """Smallest standard deviation of a Gaussian policy."""
@@ -135,7 +133,7 @@ class Policies(eqx.Module):
     """M policies of one structure, each acting in roll-outs of its own.
 
     A `RollOut` answers them with a batch whose arrays lead with an axis of M: trajectories,
-    baseline and advantages of each.
+    baseline and advantages of each. So `policies.map(loss, batch)` are the losses of each.
 
     Args:
         models: a policy whose arrays lead with an axis of M.
@@ -143,23 +141,28 @@ class Policies(eqx.Module):
 
     models: Model
 
+    def __call__(self, x: Float[Array, "m ... observation_size"]) -> Laws:
+        """The law of each policy for its own observations."""
+        return Laws(self.map(lambda model, x: model(x), x))
+
+    def map(self, function: Callable[..., PyTree], *more: PyTree) -> PyTree:
+        """The function of every policy, results leading with an axis of M.
+
+        Args:
+            function: of a policy, and of its part of `more`.
+            more: arrays that lead with that axis, too.
+        """
+        return self.ensemble.map(function, *more)
+
     @property
     def particles(self) -> int:
         """Number of policies."""
-        return len(jax.tree.leaves(tree.parameters(self.models))[0])
+        return self.ensemble.particles
 
-    def __call__(self, x: Float[Array, "m ... observation_size"]) -> Laws:
-        """The law of each policy for its own observations."""
-        return Laws(eqx.filter_vmap(lambda model, x: model(x))(self.models, x))
-
-    def losses(self, loss: Loss, batch: Batch) -> Float[Array, " m"]:
-        """The loss of each policy on its own part of the batch.
-
-        Args:
-            loss: of one policy.
-            batch: leads with an axis of M.
-        """
-        return eqx.filter_vmap(loss)(self.models, batch)
+    @property
+    def ensemble(self) -> Ensemble:
+        """The same policies, all of which see the same observations."""
+        return Ensemble(self.models)
 
 
 class GaussianMLP(eqx.Module):

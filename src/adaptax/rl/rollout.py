@@ -79,9 +79,7 @@ class RollOut(eqx.Module):
     def draw(self, model: Model, key: PRNGKeyArray) -> Batch:
         """Roll-outs of this policy; of each in an ensemble, leading with the axis of policies."""
         if isinstance(model, Ensemble | Policies):
-            keys = jax.random.split(key, model.particles)
-            each = lambda policy, key: self.draw(policy, key)  # noqa: E731
-            return eqx.filter_vmap(each)(model.models, keys)
+            return model.map(self.draw, jax.random.split(key, model.particles))
         policy = inner.stop(model)
         env = self.env.until(self.horizon) if hasattr(self.env, "until") else self.env
         reset_key, step_key = jax.random.split(key)
@@ -89,9 +87,8 @@ class RollOut(eqx.Module):
         state = jax.vmap(env.reset, in_axes=(0, None))(keys, self.task)
         _check(env, policy, state)
 
-        def step(carry: tuple[Any, Array], t: Array) -> tuple[tuple[Any, Array], tuple]:
-            state, alive = carry
-            act_key, env_key = jax.random.split(jax.random.fold_in(step_key, t))
+        def step(carry: tuple[Any, Array], keys: Array) -> tuple[tuple[Any, Array], tuple]:
+            (state, alive), (act_key, env_key) = carry, keys
             seen = jax.vmap(env.observe)(state)
             law = policy(seen)
             action = law.sample(act_key)
@@ -102,7 +99,10 @@ class RollOut(eqx.Module):
             return (state, alive & ~done), (seen, action, reward, alive, law.log_prob(action))
 
         alive = jnp.ones(self.trajectories, bool)
-        _, steps = jax.lax.scan(step, (state, alive), jnp.arange(self.horizon))
+        # All keys at once: within the loop they would take longer than a small policy.
+        keys_of = lambda t: jax.random.split(jax.random.fold_in(step_key, t))  # noqa: E731
+        keys = jax.vmap(keys_of)(jnp.arange(self.horizon))
+        _, steps = jax.lax.scan(step, (state, alive), keys)
         seen, actions, rewards, alive, log_probs = inner.stop(
             jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), steps)
         )

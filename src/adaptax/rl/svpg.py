@@ -118,10 +118,9 @@ class BayesianMAML(MetaLearner):
         """
         if isinstance(model, Ensemble):
             particles.demand(model, self.particles)
-            return Policies(model.models)
-        arrays, rest = eqx.partition(model, eqx.is_inexact_array)
-        each = particles.around(arrays, self.particles, self.spread, key)
-        return Policies(particles.Particles(each, rest).ensemble().models)
+            return Policies(model.stacked().models)
+        start = particles.around(model, self.particles, self.spread, key)
+        return Policies(start.stacked().models)
 
     def adapt(self, meta: Policies, support: Source, *, key: PRNGKeyArray) -> Policies:
         """The policies after `inner_steps` steps."""
@@ -154,7 +153,7 @@ class BayesianMAML(MetaLearner):
         adapt_key, query_key = jax.random.split(key)
         adapted = self.adapt(meta, task.support, key=adapt_key)
         if self.objective == "policy-gradient":
-            return jnp.mean(adapted.losses(self.loss, task.query.draw(adapted, query_key)))
+            return jnp.mean(adapted.map(self.loss, task.query.draw(adapted, query_key)))
         goals = adapted if at is meta else self.adapt(at, task.support, key=adapt_key)
         goals = inner.stop(goals)
         if self.objective == "reptile":
@@ -191,7 +190,7 @@ class BayesianMAML(MetaLearner):
 
     def _energy(self, policies: Policies, batch: Batch) -> Float[Array, ""]:
         """`−Σ_m log p(θ^m)`, whose gradient is that of each policy."""
-        total = jnp.sum(policies.losses(self.loss, batch))
+        total = jnp.sum(policies.map(self.loss, batch))
         return total if self.kernel is None else total / self.temperature
 
 
