@@ -5,10 +5,11 @@ from __future__ import annotations
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Key, PRNGKeyArray
+from jaxtyping import Array, Int, Key, PRNGKeyArray, PyTree
 
 from .. import inner, tree
 from ..learner import Meta, MetaLearner
+from ..mapping import Mapping, chunk_size
 from ..task import Batch, Model, Source, Task
 
 
@@ -46,7 +47,9 @@ class Collected(eqx.Module):
     key: PRNGKeyArray
 
 
-def collect(learner: MetaLearner, meta: Meta, task: Task, *, key: PRNGKeyArray) -> Collected:
+def collect(
+    learner: MetaLearner, meta: Meta, task: Task, *, key: PRNGKeyArray, mapping: Mapping = "vmap"
+) -> Collected:
     """Roll out the policies on the way of adaptation and the adapted one; no derivative.
 
     Args:
@@ -55,6 +58,7 @@ def collect(learner: MetaLearner, meta: Meta, task: Task, *, key: PRNGKeyArray) 
         meta: its meta-parameters.
         task: its environment.
         key: of roll-outs and adaptation.
+        mapping: of adaptation under a `vmap` over tasks: unless one after another, all at once.
     """
     steps = inner_steps(learner)
     meta = inner.stop(meta)
@@ -62,20 +66,25 @@ def collect(learner: MetaLearner, meta: Meta, task: Task, *, key: PRNGKeyArray) 
     source = task.support
     # One that answers with what was rolled out before answers step by step.
     at = source.at if hasattr(source, "at") else lambda step: source
-    batches = [at(0).draw(_after(learner, meta, source, adapt_key, 0), keys[0])]
-    for i in range(1, steps):
-        policy = _after(learner, meta, _frozen(batches), adapt_key, i)
-        batches.append(at(i).draw(policy, keys[i]))
-    support = _frozen(batches)
-    adapted = _after(learner, meta, support, adapt_key, steps)
-    return Collected(support, task.query.draw(adapted, query_key), adapt_key)
+    policy = _after(learner, meta, source, adapt_key, 0)
+    batches = [at(0).draw(policy, keys[0])]
+    for i in range(1, steps + 1):
+        policy = _adapted(learner, meta, policy, batches, adapt_key, mapping)
+        if i < steps:
+            batches.append(at(i).draw(policy, keys[i]))
+    support = Frozen(tree.stack(batches))
+    return Collected(support, task.query.draw(policy, query_key), adapt_key)
 
 
 def collect_all(
-    learner: MetaLearner, meta: Meta, tasks: Task, keys: Key[Array, " tasks"]
+    learner: MetaLearner,
+    meta: Meta,
+    tasks: Task,
+    keys: Key[Array, " tasks"],
+    mapping: Mapping = "auto",
 ) -> Collected:
-    """`collect` of every task of a meta-batch, all at once, each with its key of `keys`."""
-    each = lambda task, key: collect(learner, meta, task, key=key)  # noqa: E731
+    """`collect` of every task of a meta-batch, each with its key of `keys`; roll-outs at once."""
+    each = lambda task, key: collect(learner, meta, task, key=key, mapping=mapping)  # noqa: E731
     return eqx.filter_vmap(each)(tasks, keys)
 
 
@@ -100,16 +109,33 @@ def inner_steps(learner: MetaLearner) -> int:
     return steps
 
 
+def _adapted(
+    learner: MetaLearner,
+    meta: Meta,
+    policy: Model,
+    batches: list[Batch],
+    key: PRNGKeyArray,
+    mapping: Mapping,
+) -> Model:
+    """The policy after a step on each of the batches; another of the kind is `policy`."""
+
+    def after(seen: Batch, key: PRNGKeyArray) -> PyTree:
+        adapted = _after(learner, meta, Frozen(seen), key, len(batches))
+        return eqx.filter(adapted, eqx.is_array)
+
+    inputs = tree.stack(batches), key
+    # The activations of one task stay in a CPU's cache; those of all do not.
+    if chunk_size(mapping, 2, after, jax.tree.map(lambda leaf: leaf[None], inputs)) == 1:
+        after = jax.custom_batching.sequential_vmap(after)
+    return eqx.combine(after(*inputs), eqx.filter(policy, eqx.is_array, inverse=True))
+
+
 def _after(
     learner: MetaLearner, meta: Meta, source: Source, key: PRNGKeyArray, steps: int
 ) -> Model:
     """The last of the learner's iterates."""
     path = learner.iterates(meta, source, key=key, steps=steps)
     return jax.tree.map(lambda leaf: leaf[-1] if eqx.is_array(leaf) else leaf, path)
-
-
-def _frozen(batches: list[Batch]) -> Frozen:
-    return Frozen(tree.stack(batches))
 
 
 def returns(collected: Collected) -> dict[str, Array]:

@@ -96,7 +96,9 @@ class PPO(eqx.Module):
         """The step from the tasks of one device, all means taken over those of all."""
         learner, meta, state = common
         trained, fixed = eqx.partition(meta, eqx.is_inexact_array)
-        rolled_out, rest = eqx.partition(collect_all(learner, meta, *mine), eqx.is_array)
+        tasks, keys = mine
+        found = collect_all(learner, meta, tasks, keys, self.mapping)
+        rolled_out, rest = eqx.partition(found, eqx.is_array)
         count = len(jax.tree.leaves(rolled_out)[0])
 
         def each(trained: PyTree, one: PyTree) -> Array:

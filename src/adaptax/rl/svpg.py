@@ -252,7 +252,7 @@ class ParticleTRPO(eqx.Module):
     def _on_device(self, across: Across, common: Any, mine: Any) -> Any:
         """The steps from the tasks of one device, all means taken over those of all."""
         (learner, meta), (tasks, keys) = common, mine
-        found = collect_all(learner, meta, tasks, keys)
+        found = collect_all(learner, meta, tasks, keys, self.trpo.mapping)
         arrays, rest = eqx.partition(meta.models, eqx.is_array)
 
         def improve(m: Array) -> tuple[Any, Array, dict[str, Array]]:

@@ -122,7 +122,9 @@ class TRPO(eqx.Module):
         learner, meta = common
         trained, fixed = eqx.partition(meta, eqx.is_inexact_array)
         theta, unravel = ravel_pytree(trained)
-        rolled_out, rest = eqx.partition(collect_all(learner, meta, *mine), eqx.is_array)
+        tasks, keys = mine
+        found = collect_all(learner, meta, tasks, keys, self.mapping)
+        rolled_out, rest = eqx.partition(found, eqx.is_array)
         count = len(jax.tree.leaves(rolled_out)[0])
 
         def law(theta: Array, one: PyTree) -> PyTree:
