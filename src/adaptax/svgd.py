@@ -27,6 +27,9 @@ Kernel = Callable[[Array], tuple[Array, Array]]
 """From flat particles `(M, D)` to the matrix `k(θ_i, θ_j)`, `(M, M)`, and to the repulsion
 `Σ_j ∇_{θ_j} k(θ_j, θ_i)` that each feels, `(M, D)`. Differentiable."""
 
+SMALL = 256
+"""Parameters of a leaf below which `descent` joins it with others."""
+
 RULES = ("median", "median-all", "median-distance", "mean-distance", "mean-distance-plus")
 """Rules that choose the bandwidth h, from the squared distances d² of M particles:
 
@@ -159,14 +162,8 @@ def descent(particles: PyTree, slopes: PyTree, kernel: Kernel | None = None) -> 
     """
     kernel = RBF() if kernel is None else kernel
     if isinstance(kernel, RBF):
-        leaves, structure = jax.tree.flatten(particles)
-        count = _count(leaves)
-        parts, of = (
-            [leaf.reshape(count, -1) for leaf in some] for some in (leaves, jax.tree.leaves(slopes))
-        )
-        moves = zip(kernel.descent(parts, of), leaves)
-        new = [move.reshape(leaf.shape).astype(leaf.dtype) for move, leaf in moves]
-        return jax.tree.unflatten(structure, new)
+        parts, join = _parts(particles)
+        return join(kernel.descent(parts, _parts(slopes)[0]))
     flat, unflatten = _flatten(particles)
     matrix, repulsion = kernel(flat)
     attraction = jnp.matmul(matrix, _flatten(slopes)[0], precision="highest")
@@ -210,6 +207,26 @@ def run(
 
     carry, _ = jax.lax.scan(step, (particles, optimizer.init(particles)), length=steps)
     return carry[0]
+
+
+def _parts(particles: PyTree) -> tuple[list[Array], Callable[[list[Array]], PyTree]]:
+    """Every particle as several vectors, and the way back.
+
+    A leaf is one; those so small that an operation takes longer to start than to run are joined.
+    """
+    leaves, structure = jax.tree.flatten(particles)
+    count = _count(leaves)
+    small = [i for i, leaf in enumerate(leaves) if leaf.size < SMALL * count]
+    large = [i for i in range(len(leaves)) if i not in small]
+    groups = [[i] for i in large] + [small] * bool(small)
+    ways = [_flatten([leaves[i] for i in group]) for group in groups]
+
+    def join(parts: list[Array]) -> PyTree:
+        new = [leaf for part, (_, way) in zip(parts, ways) for leaf in way(part)]
+        at = dict(zip(itertools.chain(*groups), new))
+        return jax.tree.unflatten(structure, [at[i] for i in range(len(leaves))])
+
+    return [part for part, _ in ways], join
 
 
 def _flatten(particles: PyTree) -> tuple[Float[Array, "m d"], Callable[[Array], PyTree]]:

@@ -276,6 +276,8 @@ _STRIDED = {"down": "stride", "head": "mean"}
 _SMALL_IMAGES: dict[str, Any] = {
     "task": {"train_query": 5, "query": 15, "image_size": 42}, "network": {"image": [42, 42, 3]},
 }  # fmt: skip
+_LAST: dict[str, Any] = {"at": [10]}
+"""Ten models a task, at every step, would take longer to score than to train."""
 _SHORT = [
     _short(
         _BY_NAME["maml++-omniglot-20w1s"],
@@ -317,14 +319,15 @@ _SHORT = [
     ),
     _short(
         _BY_NAME["bmaml-mini_imagenet-5w1s"],
-        "1,500 meta-steps, images of 42×42, 5 queries a class in training and 15 in the test",
-        steps=1500, **_SMALL_IMAGES,
+        "1,500 meta-steps, images of 42×42, 5 queries a class in training and 15 in the test, "
+        "where the last step alone is scored",
+        steps=1500, evaluation=_LAST, **_SMALL_IMAGES,
     ),
     _short(
         _BY_NAME["platipus-mini_imagenet-5w1s"],
         "600 meta-steps from a MAML of 600, images of 42×42, 5 queries a class in training and 15 "
-        "in the test",
-        steps=600, **_SMALL_IMAGES,
+        "in the test, where the last step alone is scored",
+        steps=600, evaluation=_LAST, **_SMALL_IMAGES,
         init_from=changed(
             _BY_NAME["maml-mini_imagenet-5w1s"].experiment, {"steps": 600, **_SMALL_IMAGES}
         ).to_json(),
