@@ -3,7 +3,8 @@
 from .ablation import ROWS, ablated
 from .bayesian import CELLS, COMPARED_ON, compared, with_noise
 from .book import COMPARED, PAPER_CURVES, RECIPES, Recipe, closest, comparable
-from .experiment import (
+from .experiment import Experiment, changed
+from .names import (
     ALGORITHMS,
     CURVES,
     ENVIRONMENTS,
@@ -11,8 +12,6 @@ from .experiment import (
     REGRESSIONS,
     TASKS,
     TITLES,
-    Experiment,
-    changed,
     demand,
 )
 from .reinforcement import BODIES, COMPARED_IN, RETURNS, oracle, shortened

@@ -19,7 +19,8 @@ from .. import tree
 from ..evaluate import Evaluator
 from ..learner import Meta
 from ..task import Splits
-from .experiment import CURVES, Experiment, changed, demand
+from .experiment import Experiment, changed
+from .names import CURVES, demand
 
 NOISES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0)
 """Standard deviations to choose from where nobody says how noisy targets are."""

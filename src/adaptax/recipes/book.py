@@ -17,7 +17,8 @@ from typing import Any
 
 from .bayesian import BAYESIAN, CELLS, adapted
 from .embedded import embedded
-from .experiment import ENVIRONMENTS, Experiment, changed, demand
+from .experiment import Experiment, changed
+from .names import ENVIRONMENTS, demand
 from .reinforcement import named, reinforced
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from .experiment import Experiment, changed, demand
+from .experiment import Experiment, changed
+from .names import demand
 
 _EVALUATION = {"goals": 40, "steps": 3, "trajectories": 40, "lr": [0.1, 0.05]}
 
