@@ -284,8 +284,10 @@ def test_errors():
         from_torch(model)
     with pytest.raises(ValueError, match="'1' is parametrized"):
         from_torch(nn.Sequential(nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))))
+    ensemble = ax.Ensemble(ax.tree.stack([model, model]))
     with pytest.raises(TypeError, match="Ensemble"):
-        to_torch(ax.Ensemble(ax.tree.stack([model, model])), module)
+        to_torch(ensemble, module)
+    assert to_torch(ensemble.member(1), module)(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
     with pytest.raises(ValueError, match=r"of shape \(2, 4"):
         to_torch(ax.tree.stack([model, model]), module)
     with pytest.raises(ValueError, match="no such parameter"):

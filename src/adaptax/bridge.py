@@ -108,7 +108,7 @@ def to_torch(adapted: Functional, module: Any) -> Any:
     if not isinstance(adapted, Functional) or not isinstance(adapted.params, Mapping):
         raise TypeError(
             f"to_torch was given a {type(adapted).__name__}; it takes what from_torch and the "
-            "learners' adapt return. Of an Ensemble, take one model first"
+            "learners' adapt return. Of an Ensemble, take one model: ensemble.member(0)"
         )
     twin = copy.deepcopy(module)
     targets = dict(twin.named_parameters(remove_duplicate=False))

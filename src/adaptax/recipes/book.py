@@ -327,8 +327,8 @@ _SHORT = [
     _short(
         _BY_NAME["platipus-mini_imagenet-5w1s"],
         "600 meta-steps from a MAML of 600, images of 42×42, 5 queries a class in training and 15 "
-        "in the test, where the last step alone is scored",
-        steps=600, evaluation=_LAST, **_SMALL_IMAGES,
+        "in the test, 300 episodes, where the last step alone is scored",
+        steps=600, evaluation={**_LAST, "episodes": 300}, **_SMALL_IMAGES,
         init_from=changed(
             _BY_NAME["maml-mini_imagenet-5w1s"].experiment, {"steps": 600, **_SMALL_IMAGES}
         ).to_json(),
