@@ -275,7 +275,8 @@ class Evaluator:
             each = lambda loaded: self._episode(meta, self.tasks, noise, loaded, key)  # noqa: E731
             self._size = chunk_size(self.mapping, 32, each, (probe,))
         # The tail of the last chunk repeats the last episode, so that one program does for all.
-        chunk = min(self.episodes, 100 if self._size == 1 else 20 * self._size)
+        # An interrupt waits for the end of a chunk, so that few heavy episodes make one.
+        chunk = min(self.episodes, 20 * self._size)
         jobs = (lambda s=s: self._load(s, chunk, key) for s in range(0, self.episodes, chunk))
         parts = []
         for loaded, keys in feed.prefetch(self.tasks, jobs):
