@@ -112,6 +112,10 @@ def sampled_functions(
     return figure
 
 
+LINES = 20
+"""Boundaries of samples in one picture: more of them hide what is under them."""
+
+
 @styled
 def decision_boundaries(
     learners: Learners, tasks: TaskDistribution, *, key: PRNGKeyArray, rows: int = 2
@@ -119,7 +123,8 @@ def decision_boundaries(
     """Where each sample draws the line between two classes in the plane: a row for each task.
 
     The shade is the mixture's probability of label 1. A sample that gives all points the same
-    label has no boundary; how many do is written in the corner.
+    label has no boundary; how many do is written in the corner. Of more than `LINES` samples the
+    first are drawn.
 
     Args:
         learners: a learner and its meta-parameters for each column.
@@ -159,7 +164,8 @@ def decision_boundaries(
                 *sides, p.mean(axis=0), cmap="Blues", vmin=0, vmax=1, shading="gouraud",
                 rasterized=True,
             )  # fmt: skip
-            drawn = [_boundary(ax, sides, one, COLOURS[1], 0.9, "solid") for one in p]
+            width = 0.9 if len(p) < LINES else 0.6
+            drawn = [_boundary(ax, sides, one, COLOURS[1], width, "solid") for one in p[:LINES]]
             if not all(drawn):
                 ax.text(0.03, 0.03, f"{len(drawn) - sum(drawn)} of {len(drawn)} without boundary",
                         transform=ax.transAxes, fontsize=7)  # fmt: skip
