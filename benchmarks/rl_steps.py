@@ -17,7 +17,8 @@ The PyTorch side loops over tasks and time steps in Python, in three ways:
 
 Most of the arithmetic are products with the curvature of KL. The published implementations take
 them on all trajectories; our recipes on a quarter (`TRPO(curvature=0.25)`), and a tenth learns
-nearly as well (benchmarks/results/navigation-curvature.json). The quarter is measured on both sides.
+nearly as well (benchmarks/results/navigation-curvature.json). The quarter is measured on both
+sides.
 
     python benchmarks/rl_steps.py --json benchmarks/results/rl_steps.json
 """
