@@ -88,10 +88,10 @@ class RBF:
         return k, rate * (jnp.sum(k, axis=1, keepdims=True) * x - pull)
 
     def descent(self, particles: list[Array], slopes: list[Array]) -> list[Array]:
-        """−φ, as `descent` has it, of particles in parts `(M, D_l)` that are never joined.
+        """−φ, as `descent` has it, of particles in parts `(M, D_l)`.
 
         Attraction and repulsion are one product with the matrix: `K (g + c x) − c (Σ_j K) x`, with
-        c = 2/h. Nothing is copied into vectors and back, a third of the work for small nets.
+        c = 2/h. Parts need not be joined, which is a third of the work for small nets.
         """
         count = len(particles[0])
         if count == 1:
