@@ -65,9 +65,7 @@ class MAMLEnsemble(MetaLearner):
 
     def adapt(self, meta: Meta, support: Source, *, key: PRNGKeyArray) -> Model:
         """An `Ensemble` of every member after `eval_steps` steps on the support."""
-        return Ensemble(
-            eqx.filter_vmap(lambda model: self._maml.adapt(model, support, key=key))(meta.models)
-        )
+        return Ensemble(meta.map(lambda model: self._maml.adapt(model, support, key=key)))
 
     def iterates(
         self, meta: Meta, support: Source, *, key: PRNGKeyArray, steps: int | None = None
@@ -80,22 +78,19 @@ class MAMLEnsemble(MetaLearner):
         self, meta: Meta, task: Task, *, key: PRNGKeyArray, progress: float | Array = 1.0
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """`Σ_m L_Q(U_k(θ^m; S))`, and the mean, which `query_loss` logs."""
-        losses = eqx.filter_vmap(
+        losses = meta.map(
             lambda model: self._maml.meta_loss(model, task, key=key, progress=progress)[0]
-        )(meta.models)
+        )
         return jnp.sum(losses), {"query_loss": jnp.mean(losses)}
 
     def reference(
         self, meta: Meta, task: Task, *, at: Meta, key: PRNGKeyArray, progress: float | Array = 1.0
     ) -> Float[Array, ""]:
         """The sum of the members' references."""
-        return jnp.sum(
-            eqx.filter_vmap(
-                lambda model, there: self._maml.reference(
-                    model, task, at=there, key=key, progress=progress
-                )
-            )(meta.models, at.models)
+        each = lambda model, there: self._maml.reference(  # noqa: E731
+            model, task, at=there, key=key, progress=progress
         )
+        return jnp.sum(meta.map(each, at.models))
 
     def describe(self) -> dict[str, Any]:
         """Name, steps and rate."""

@@ -298,6 +298,6 @@ class _Member(MetaLearner):
 
 def _distance(x: Policies, y: Policies) -> Float[Array, ""]:
     """`Σ_m ‖x^m − y^m‖`, with derivative 0 where two coincide."""
-    squares = eqx.filter_vmap(tree.squared_distance)(x.models, y.models)
+    squares = x.map(tree.squared_distance, y.models)
     apart = squares > 0
     return jnp.sum(jnp.where(apart, jnp.sqrt(jnp.where(apart, squares, 1.0)), 0.0))
