@@ -76,6 +76,8 @@ def test_stacked_models_are_an_ensemble(model):
     assert ensemble.particles == 2
     expected = np.stack([model(x), other(x)])
     assert np.allclose(ensemble(x), expected, rtol=1e-5, atol=1e-6)
+    for i in (1, -1):
+        assert np.array_equal(tree.at(ensemble.models, i)(x), other(x))
 
 
 def test_finite(model):

@@ -108,9 +108,7 @@ class Ensemble(eqx.Module):
 
     def member(self, index: int) -> Model:
         """One of the models."""
-        return self._whole(
-            jax.tree.map(lambda leaf: leaf[index] if eqx.is_array(leaf) else leaf, self.models)
-        )
+        return self._whole(tree.at(self.models, index))
 
     def stacked(self) -> Ensemble:
         """The same models, each with arrays of its own: nothing is shared."""

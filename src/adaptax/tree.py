@@ -122,6 +122,11 @@ def stack(models: list[PyTree]) -> PyTree:
     return eqx.combine(jax.tree.map(lambda *leaves: jnp.stack(leaves), *arrays), rest)
 
 
+def at(models: PyTree, index: int | Array) -> PyTree:
+    """Of models stacked along a leading axis, the one at an index: what `stack` undoes."""
+    return jax.tree.map(lambda leaf: leaf[index] if eqx.is_array(leaf) else leaf, models)
+
+
 def finite(tree: PyTree) -> Bool[Array, ""]:
     """Whether every inexact array of the tree is finite."""
     leaves = jax.tree.leaves(parameters(tree))

@@ -64,9 +64,7 @@ class CheckpointEnsemble(MetaLearner):
 
     def _each(self, meta: Meta, adapt: Any, axis: int) -> MeanOfLogits:
         count = len(jax.tree.leaves(tree.parameters(meta))[0])
-        rows = [jax.tree.map(lambda a, i=i: a[i] if eqx.is_array(a) else a, meta)
-                for i in range(count)]  # fmt: skip
-        adapted = [adapt(row) for row in rows]
+        adapted = [adapt(tree.at(meta, i)) for i in range(count)]
         arrays = [eqx.filter(model, eqx.is_array) for model in adapted]
         rest = eqx.filter(adapted[0], eqx.is_array, inverse=True)
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *arrays)

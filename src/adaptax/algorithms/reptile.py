@@ -169,7 +169,7 @@ class Reptile(MetaLearner):
             tail = self._run(goal, state, task.query, query_key, 1)
             goal, state = tail.model, tail.state
         if self.skip:
-            seen = jax.tree.map(lambda a: a[self.skip] if eqx.is_array(a) else a, end.path)
+            seen = tree.at(end.path, self.skip)
             goal = tree.shift(start, goal, seen)
         return goal, state
 

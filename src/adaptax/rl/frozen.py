@@ -67,12 +67,12 @@ def collect(
     # One that answers with what was rolled out before answers step by step.
     at = source.at if hasattr(source, "at") else lambda step: source
     policy = _after(learner, meta, source, adapt_key, 0)
-    batches = [at(0).draw(policy, keys[0])]
-    for i in range(1, steps + 1):
-        policy = _adapted(learner, meta, policy, batches, adapt_key, mapping)
+    batches: list[Batch] = []
+    for i, draw_key in enumerate(keys):
+        batches.append(at(i).draw(policy, draw_key))
+        support = Frozen(tree.stack(batches))
         if i < steps:
-            batches.append(at(i).draw(policy, keys[i]))
-    support = Frozen(tree.stack(batches))
+            policy = _adapted(learner, meta, policy, support.batches, adapt_key, i + 1, mapping)
     return Collected(support, task.query.draw(policy, query_key), adapt_key)
 
 
@@ -113,17 +113,18 @@ def _adapted(
     learner: MetaLearner,
     meta: Meta,
     policy: Model,
-    batches: list[Batch],
+    batches: Batch,
     key: PRNGKeyArray,
+    steps: int,
     mapping: Mapping,
 ) -> Model:
-    """The policy after a step on each of the batches; another of the kind is `policy`."""
+    """The policy after a step on each of the stacked batches; another of the kind is `policy`."""
 
-    def after(seen: Batch, key: PRNGKeyArray) -> PyTree:
-        adapted = _after(learner, meta, Frozen(seen), key, len(batches))
+    def after(batches: Batch, key: PRNGKeyArray) -> PyTree:
+        adapted = _after(learner, meta, Frozen(batches), key, steps)
         return eqx.filter(adapted, eqx.is_array)
 
-    inputs = tree.stack(batches), key
+    inputs = batches, key
     # The activations of one task stay in a CPU's cache; those of all do not.
     if chunk_size(mapping, 2, after, jax.tree.map(lambda leaf: leaf[None], inputs)) == 1:
         after = jax.custom_batching.sequential_vmap(after)
@@ -135,7 +136,7 @@ def _after(
 ) -> Model:
     """The last of the learner's iterates."""
     path = learner.iterates(meta, source, key=key, steps=steps)
-    return jax.tree.map(lambda leaf: leaf[-1] if eqx.is_array(leaf) else leaf, path)
+    return tree.at(path, -1)
 
 
 def returns(collected: Collected) -> dict[str, Array]:
