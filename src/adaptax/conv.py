@@ -13,13 +13,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend import core
 from jaxtyping import Array, Float
+
+from .rewrite import rewritten
 
 Padding = str | Sequence[tuple[int, int]]
 
@@ -77,9 +77,6 @@ def conv(
 
 FastPath = bool | Literal["auto"]
 
-_JIT = ("jit", "pjit")
-_CONTROL = ("scan", "while", "cond", "checkpoint", "remat", "remat2")
-
 
 def fast(function: Callable[..., Any], enabled: FastPath = "auto") -> Callable[..., Any]:
     """The same function, its plain convolutions replaced by `conv`; differentiable as before.
@@ -95,93 +92,13 @@ def fast(function: Callable[..., Any], enabled: FastPath = "auto") -> Callable[.
     """
     if enabled is False or (enabled == "auto" and jax.default_backend() != "cpu"):
         return function
-
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        leaves, structure = jax.tree.flatten((args, kwargs))
-        arrays = [leaf for leaf in leaves if eqx.is_array(leaf)]
-
-        def flat(*arrays: Array) -> Any:
-            values = iter(arrays)
-            filled = [next(values) if eqx.is_array(leaf) else leaf for leaf in leaves]
-            args, kwargs = jax.tree.unflatten(structure, filled)
-            out, static = eqx.partition(function(*args, **kwargs), eqx.is_array)
-            box.append((jax.tree.structure(out), static))
-            return jax.tree.leaves(out)
-
-        box: list[Any] = []
-        closed = jax.make_jaxpr(flat)(*arrays)
-        if not _convolves(closed.jaxpr):
-            return function(*args, **kwargs)
-        out_structure, static = box[-1]
-        return eqx.combine(jax.tree.unflatten(out_structure, _evaluate(closed, arrays)), static)
-
-    return wrapped
+    return rewritten(function, _replacement)
 
 
-def _evaluate(closed: Any, args: Sequence[Any]) -> list[Any]:
-    """Run a jaxpr, with `conv` in place of every plain convolution."""
-    jaxpr = closed.jaxpr
-    env: dict[Any, Any] = {}
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, core.Literal) else env[atom]
-
-    env.update(zip(jaxpr.constvars, closed.consts, strict=True))
-    env.update(zip(jaxpr.invars, args, strict=True))
-    for equation in jaxpr.eqns:
-        values = [read(atom) for atom in equation.invars]
-        results = _bind(equation, values)
-        env.update(zip(equation.outvars, results, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
-
-
-def _bind(equation: Any, values: list[Any]) -> list[Any]:
-    primitive, params = equation.primitive, dict(equation.params)
-    match primitive.name:
-        case "conv_general_dilated" if _plain(equation):
-            x, kernel = values
-            return [_matmul_form(x, kernel, params)]
-        case name if name in _JIT and _convolves(params["jaxpr"].jaxpr):
-            return _evaluate(params["jaxpr"], values)
-        case name if name in _CONTROL:
-            params = {name: _rewrite(value) for name, value in params.items()}
-    bind = primitive.get_bind_params(params)
-    functions, params = bind if isinstance(bind, tuple) else ((), bind)  # as JAX < 0.10 has it
-    out = primitive.bind(*functions, *values, **params)
-    return list(out) if primitive.multiple_results else [out]
-
-
-def _rewrite(param: Any) -> Any:
-    """A parameter of a control-flow primitive, with the jaxprs in it rewritten."""
-    if type(param) is tuple:
-        return tuple(map(_rewrite, param))
-    if isinstance(param, core.ClosedJaxpr) and _convolves(param.jaxpr):
-        types = [v.aval for v in param.jaxpr.invars]
-        if any(type(aval) is not jax.core.ShapedArray for aval in types):
-            return param  # a reference to mutable memory, say
-        return jax.make_jaxpr(lambda *args: _evaluate(param, args))(*types)
-    if isinstance(param, core.Jaxpr) and _convolves(param):
-        closed = _rewrite(core.ClosedJaxpr(param, ()))
-        # An open jaxpr cannot hold constants; ours has none but those that tracing may hoist.
-        return closed.jaxpr if not closed.consts else param
-    return param
-
-
-def _convolves(jaxpr: Any) -> bool:
-    """Whether a jaxpr, or one inside it, has a convolution that can be replaced."""
-    for equation in jaxpr.eqns:
-        name = equation.primitive.name
-        if name == "conv_general_dilated" and _plain(equation):
-            return True
-        if name not in _JIT + _CONTROL:
-            continue
-        for param in equation.params.values():
-            for inner in param if isinstance(param, tuple) else (param,):
-                inner = inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner
-                if isinstance(inner, core.Jaxpr) and _convolves(inner):
-                    return True
-    return False
+def _replacement(equation: Any) -> Callable[..., Array] | None:
+    if equation.primitive.name != "conv_general_dilated" or not _plain(equation):
+        return None
+    return functools.partial(_matmul_form, params=equation.params)
 
 
 def _plain(equation: Any) -> bool:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from . import tree
+from . import roots, tree
 from .losses import Loss
 from .task import Model, Source
 
@@ -42,8 +42,9 @@ def adam(
 ) -> optax.GradientTransformation:
     """Adam without momentum (`b1 = 0`): the inner rule of Reptile's experiments.
 
-    To differentiate through it, as MAML does, give `eps_root` a small positive value: the square
-    root in its denominator has no derivative where a gradient is zero.
+    The first step is `−lr g / (|g| + eps)`, whose derivative at g = 0 is `−lr / eps`. MAML
+    multiplies it with the Hessian: where a gradient is zero and its Hessian is not, the
+    meta-gradient is that large. A larger `eps` or an `eps_root` makes it smaller.
     """
     return optax.adam(lr, b1=b1, b2=b2, eps=eps, eps_root=eps_root)
 
@@ -98,7 +99,8 @@ def run(
         key: randomness of the draws.
         steps: number of steps; 0 returns the model.
         lr: step size of gradient descent; see `sgd`.
-        optimizer: any optax rule, instead of `lr`.
+        optimizer: any optax rule, instead of `lr`. Where a gradient is zero its derivative is
+            finite; see `adaptax.roots.safe`.
         state: the rule's state to start from; fresh if `None`.
         first_order: treat the inner gradients as constants. No second-order graph is built.
         remat: recompute each step when differentiating instead of storing its activations, so
@@ -119,6 +121,7 @@ def run(
         raise ValueError(f"the inner loop takes 0 or more steps, not {steps}")
     rule = sgd(lr) if optimizer is None else optimizer
     start, fixed = eqx.partition(model, tree.adaptable(model, adapt_only))
+    update = roots.safe(rule.update)
     seen = view or (lambda model, step: model)
 
     def gradient(params: PyTree, step: Any) -> PyTree:
@@ -133,7 +136,7 @@ def run(
 
     def step(carry: PyTree, i: Any) -> tuple[PyTree, PyTree]:
         params, state = carry
-        updates, state = rule.update(gradient(params, i), state, params)
+        updates, state = update(gradient(params, i), state, params)
         params = optax.apply_updates(params, updates)
         return (params, state), params if keep_path else None
 

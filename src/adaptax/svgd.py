@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from . import roots
+
 Kernel = Callable[[Array], tuple[Array, Array]]
 """From flat particles `(M, D)` to the matrix `k(θ_i, θ_j)`, `(M, M)`, and to the repulsion
 `Σ_j ∇_{θ_j} k(θ_j, θ_i)` that each feels, `(M, D)`. Differentiable."""
@@ -199,10 +201,11 @@ def run(
         optimizer: a rule that begins with `stein(kernel)`; without it every particle climbs alone.
     """
     loss = lambda each: -jnp.sum(jax.vmap(log_density)(each))  # noqa: E731
+    update = roots.safe(optimizer.update)
 
     def step(carry: PyTree, _: None) -> tuple[PyTree, None]:
         particles, state = carry
-        updates, state = optimizer.update(jax.grad(loss)(particles), state, particles)
+        updates, state = update(jax.grad(loss)(particles), state, particles)
         return (optax.apply_updates(particles, updates), state), None
 
     carry, _ = jax.lax.scan(step, (particles, optimizer.init(particles)), length=steps)
