@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "adaptax"
 
 # A module imports from its own floor or from those before it.
 FLOORS = [
-    {"task", "tree", "rewrite", "roots"},
+    {"task", "tree", "program", "rewrite", "roots"},
     {"losses", "conv", "metrics", "io", "svgd", "augment"},
     {"inner", "batch_norm"},
     {"learner"},

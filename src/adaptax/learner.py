@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from . import tree
+from . import program, tree
 from .losses import Loss
 from .task import Model, Source, Task
 
@@ -19,14 +21,42 @@ Meta = Any
 """What a learner meta-learns: a pytree whose inexact arrays the outer loop trains."""
 
 
+def _compiled(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`adapt` or `iterates` of a learner, run as one compiled program where values are known."""
+
+    @functools.wraps(method)
+    def run(self: MetaLearner, meta: Meta, support: Source, **how: Any) -> Any:
+        values = jax.tree.leaves((self, meta, support, how))
+        if any(isinstance(value, jax.core.Tracer) for value in values):
+            return method(self, meta, support, **how)
+        self.check(meta, support, **how)
+        # The next answer of an object of the user's own may be another.
+        if all(eqx.is_array_like(x) or callable(x) for x in jax.tree.leaves(support)):
+            return program.call(_call, method, self, meta, support, how)
+        return method(self, meta, support, **how)
+
+    return run
+
+
+def _call(method: Callable[..., Any], learner: Any, meta: Meta, support: Source, how: Any) -> Any:
+    return method(learner, meta, support, **how)
+
+
 class MetaLearner(eqx.Module):
     """Abstract: learns, over many tasks, how to learn one.
 
     A learner is a frozen record of hyper-parameters and three pure functions. It never sees a
-    task axis: `adaptax.meta_value_and_grad`, `fit` and `evaluate` map it over tasks.
+    task axis: `adaptax.meta_value_and_grad`, `fit` and `evaluate` map it over tasks. `adapt` and
+    `iterates` are compiled by themselves: see `adaptax.program`.
     """
 
     loss: eqx.AbstractVar[Loss]
+
+    def __init_subclass__(cls, **how: Any) -> None:
+        super().__init_subclass__(**how)
+        for name in ("adapt", "iterates"):
+            if inspect.isfunction(method := vars(cls).get(name)):
+                setattr(cls, name, _compiled(method))
 
     def init(self, model: Model, *, key: PRNGKeyArray) -> Meta:
         """The meta-parameters to start from. Here: the model itself."""
@@ -60,6 +90,12 @@ class MetaLearner(eqx.Module):
         """
         return self.meta_loss(meta, task, key=key, progress=progress)[0]
 
+    def check(
+        self, meta: Meta, support: Source, *, key: PRNGKeyArray, steps: int | None = None
+    ) -> None:
+        """Raise for a support of wrong values; `adapt` and `iterates` ask where they are known."""
+
+    @_compiled
     def iterates(
         self, meta: Meta, support: Source, *, key: PRNGKeyArray, steps: int | None = None
     ) -> Model:

@@ -198,6 +198,12 @@ class LEO(MetaLearner):
             "finetune_lr": jnp.full(networks.rates, self.finetune_lr),
         }
 
+    def check(
+        self, meta: Meta, support: Source, *, key: PRNGKeyArray, steps: int | None = None
+    ) -> None:
+        """Raise for a support that is not finite, or whose classes have not equally many."""
+        meta["networks"].features(support.draw(None, key))
+
     def adapt(self, meta: Meta, support: Source, *, key: PRNGKeyArray) -> Model:
         """The model after all steps; nothing is drawn."""
         batch = support.draw(None, key)
