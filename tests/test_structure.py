@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "adaptax"
 # A module imports from its own floor or from those before it.
 FLOORS = [
     {"task", "tree", "program", "rewrite", "roots"},
-    {"losses", "conv", "metrics", "io", "svgd", "augment"},
+    {"losses", "conv", "metrics", "io", "svgd", "augment", "process"},
     {"inner", "batch_norm"},
     {"learner"},
     {"algorithms", "tasks", "models", "bridge"},

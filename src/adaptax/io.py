@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-import tempfile
+import re
+import secrets
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +25,49 @@ from . import tree
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file that is there whole or not at all, also if the process is killed."""
+    """Write a file that is there whole or not at all, also if the process or the machine dies."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:  # with the permissions that the umask leaves
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # temporary files are for their owner alone
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+    _sync(path.parent)
+
+
+TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
+"""Name of a file that `write_atomic` has not finished; the group is the name it is to have."""
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder, with its parents, that is still there after a power cut."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Have the names in a folder on disk: without it a renamed file may be lost with the power."""
+    if os.name != "posix":
+        return  # elsewhere a folder cannot be opened
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return  # may be written and not be read
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that have no need
+            raise
+    finally:
+        os.close(handle)
 
 
 def strict(value: Any) -> Any:
@@ -49,6 +82,8 @@ def strict(value: Any) -> Any:
 def save(path: str | os.PathLike[str], value: PyTree, **metadata: Any) -> None:
     """Save the arrays of a pytree in the safetensors format, named by their paths.
 
+    The file holds a checksum of them and of the metadata, which `load` and `read` check.
+
     Args:
         path: a file; replaced atomically if it exists.
         value: any pytree, such as `result.meta`. Leaves that are not arrays are not saved: they
@@ -56,7 +91,8 @@ def save(path: str | os.PathLike[str], value: PyTree, **metadata: Any) -> None:
         metadata: JSON values to keep beside the arrays; see `read_metadata`.
     """
     arrays = {name: np.asarray(plain(leaf)) for name, leaf in _named(value).items()}
-    header = {"adaptax": json.dumps(metadata)}
+    text = json.dumps(metadata)
+    header = {"adaptax": text, "crc32": _checksum(text, arrays)}
     write_atomic(path, to_bytes(arrays, metadata=header))
 
 
@@ -70,22 +106,34 @@ def load(path: str | os.PathLike[str], like: PyTree) -> PyTree:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is truncated or no checkpoint, or holds another tree: names,
+        ValueError: if the file is damaged or no checkpoint, or holds another tree: names,
             shapes or dtypes differ.
     """
+    return fill(path, read(path)[0], like)
+
+
+def fill(path: str | os.PathLike[str], found: Mapping[str, np.ndarray], like: PyTree) -> PyTree:
+    """A pytree with the arrays of a file in the place of its own; see `load`.
+
+    Args:
+        path: of the file, for the message of an error.
+        found: its arrays by their names.
+        like: as in `load`.
+
+    Raises:
+        ValueError: if names, shapes or dtypes differ.
+    """
     wanted = _named(like)
-    with _open(path) as file:
-        missing, extra = wanted.keys() - file.keys(), file.keys() - wanted.keys()
-        if missing or extra:
-            raise ValueError(
-                f"{path} is a checkpoint of another model: "
-                + "; ".join(
-                    f"{what} {', '.join(sorted(names)[:3])}{' …' if len(names) > 3 else ''}"
-                    for what, names in (("it lacks", missing), ("it also has", extra))
-                    if names
-                )
+    missing, extra = wanted.keys() - found.keys(), found.keys() - wanted.keys()
+    if missing or extra:
+        raise ValueError(
+            f"{path} is a checkpoint of another model: "
+            + "; ".join(
+                f"{what} {', '.join(sorted(names)[:3])}{' …' if len(names) > 3 else ''}"
+                for what, names in (("it lacks", missing), ("it also has", extra))
+                if names
             )
-        found = {name: file.get_tensor(name) for name in wanted}
+        )
     for name, leaf in wanted.items():
         expected = plain(leaf)
         if found[name].shape != expected.shape or found[name].dtype != expected.dtype:
@@ -99,19 +147,52 @@ def load(path: str | os.PathLike[str], like: PyTree) -> PyTree:
     return jax.tree.unflatten(structure, new)
 
 
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The metadata that `save` kept beside the arrays."""
-    with _open(path) as file:
-        return json.loads((file.metadata() or {}).get("adaptax", "{}"))
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays that `save` wrote, by their names, and its metadata, checked by their checksum.
 
+    Files that other programs wrote have no checksum, and only their form is checked.
 
-def _open(path: str | os.PathLike[str]) -> Any:
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is truncated, damaged or not in the safetensors format.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     try:
-        return safe_open(path, framework="numpy")
-    except SafetensorError as error:
+        with safe_open(path, framework="numpy") as file:
+            header = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        text = header.get("adaptax", "{}")
+        metadata = json.loads(text)
+    except (SafetensorError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is truncated or not a checkpoint ({error})") from None
+    ours = header.keys() & {"adaptax", "crc32"}
+    # `save` writes these two keys alone, so that a change in one of their letters is seen, too.
+    if (ours and ours != header.keys()) or (
+        "crc32" in header and header["crc32"] != _checksum(text, arrays)
+    ):
+        raise ValueError(
+            f"{path} is damaged: what it holds does not agree with its checksum; restore it from a "
+            "copy, or make it again"
+        )
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path} is not a checkpoint: its metadata are no JSON object")
+    return arrays, metadata
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The metadata that `save` kept beside the arrays; raises as `read` does."""
+    return read(path)[1]
+
+
+def _checksum(text: str, arrays: Mapping[str, np.ndarray]) -> str:
+    """CRC-32 of metadata and arrays with their names, types and shapes, as eight digits."""
+    value = zlib.crc32(text.encode())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        value = zlib.crc32(f"{name} {array.dtype} {arrays[name].shape}".encode(), value)
+        value = zlib.crc32(array.reshape(-1).view(np.uint8).data, value)
+    return f"{value:08x}"
 
 
 def _named(value: PyTree) -> dict[str, Any]:

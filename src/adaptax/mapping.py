@@ -223,9 +223,18 @@ def local_mesh(count: int, size: int | None = None) -> Mesh | None:
     Args:
         count: tasks in a meta-batch.
         size: number of devices; by default as many as divide `count`.
+
+    Raises:
+        ValueError: if there are not so many, or they do not divide `count`.
     """
     devices = jax.local_devices()
     size = size or max(d for d in range(1, len(devices) + 1) if count % d == 0)
+    if size < 1 or size > len(devices) or count % size:
+        raise ValueError(
+            f"devices={size} should be at most the {len(devices)} local devices and divide the "
+            f"batch of {count}; a run goes on with as many as it began with, and "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={size} makes a CPU so many"
+        )
     if size == 1:
         return None
     return Mesh(np.array(devices[:size]), ("tasks",), axis_types=(AxisType.Auto,))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -26,10 +27,10 @@ from .augment import Augmentation
 from .conv import fast
 from .mapping import everywhere, local_mesh
 from .models.residual import convolve_in
-from .run import Run
+from .process import check_not_forked, interruptible
+from .run import Resume, Run, as_run, lets_go
 from .task import Model, TaskDistribution
 from .tasks.episodes import Episodes, StreamedEpisodes
-from .train import interruptible
 
 Precision = Literal["auto", "float32", "bfloat16"]
 """Of the convolutions of the residual networks: `"auto"` is bfloat16 on accelerators, float32 on a
@@ -69,6 +70,7 @@ class Pretraining:
     stopped: str
 
 
+@lets_go
 def pretrain(
     model: Model,
     images: TaskDistribution,
@@ -85,8 +87,8 @@ def pretrain(
     precision: Precision = "auto",
     validate_every: int = 1,
     devices: int | None = None,
-    run: Run | str | None = None,
-    resume: bool = False,
+    run: Run | str | os.PathLike[str] | None = None,
+    resume: Resume = False,
     watch: Callable[[dict[str, Any]], None] | None = None,
 ) -> Pretraining:
     """Train a classifier of all meta-train classes by SGD with Nesterov momentum.
@@ -114,7 +116,7 @@ def pretrain(
         validate_every: epochs between validations.
         devices: local devices to share a batch, a divisor of it; as many as divide it if `None`.
         run: folder for checkpoints, metrics and TensorBoard events.
-        resume: continue the run in that folder.
+        resume: continue the run in that folder; `"auto"`: if there is one, else begin it.
         watch: called with each new record of `history`.
 
     Raises:
@@ -123,6 +125,7 @@ def pretrain(
             arguments that make no sense, or a run that cannot be resumed with them.
         FloatingPointError: when the loss is not finite; the run folder keeps an earlier state.
     """
+    check_not_forked()
     classified = check_train(images)
     for name, value, good in (
         ("epochs", epochs, epochs >= 1),
@@ -134,7 +137,6 @@ def pretrain(
         if not good:
             least = "from 0 to below 1" if isinstance(value, float) else "of at least 1"
             raise ValueError(f"{name}={value}; expected a number {least}")
-    run = Run(run) if isinstance(run, str) else run
     if resume and run is None:
         raise ValueError("resume=True wants run=, the folder of the run to continue")
     order_key, noise_key = jax.random.split(key)
@@ -148,15 +150,17 @@ def pretrain(
     )  # fmt: skip
     state, fixed = initial_state(model, recipe.optimizer())
     _check_outputs(eqx.combine(state.model, fixed), classified)
+    run = as_run(run)
+    recorded = {} if run is None else run.plan(resume)
+    mesh = local_mesh(batch, devices or recorded.get("devices"))
     plan = {
         **dataclasses.asdict(recipe), "batch": batch, "held_out": held_out,
         "validate_every": validate_every, "images": len(order.train),
-        "key": np.asarray(io.plain(key)).tolist(),
+        "key": np.asarray(io.plain(key)).tolist(), "devices": 1 if mesh is None else mesh.size,
     }  # fmt: skip
     history: list[dict[str, Any]] = []
     if run is not None:
         state, history = run.begin(state, plan, resume)
-    mesh = local_mesh(batch, devices)
     bank = classified.bank if isinstance(classified, Episodes) else None
     # Once, and not at every call of the program: the bank of images may be large.
     state, bank = everywhere((state, bank), mesh)

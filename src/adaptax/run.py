@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, ParamSpec, TypeVar
+
+import jax.numpy as jnp
 
 from . import io
+from .process import lock
+
+Resume = bool | Literal["auto"]
+"""Go on with a run; `"auto"`: if there is one, and begin it if there is none."""
+
+STALE = 3600.0
+"""Seconds after which a hidden temporary file, of whatever process, is removed."""
+
+Plan = dict[str, Any]
+"""What a run depends on, by name: JSON values that are compared when it is resumed."""
 
 
 class Run:
@@ -19,6 +34,8 @@ class Run:
         events.*            the same for TensorBoard
         checkpoint.safetensors   the state to resume from, replaced atomically
 
+    A `with` block holds the folder for this process; `fit` does so by itself.
+
     Args:
         path: the folder; created if need be.
     """
@@ -26,6 +43,7 @@ class Run:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self._events: Any = None
+        self._release: Callable[[], None] | None = None
 
     @property
     def metrics_file(self) -> Path:
@@ -37,9 +55,41 @@ class Run:
         """The state to resume from."""
         return self.path / "checkpoint.safetensors"
 
+    @property
+    def config_file(self) -> Path:
+        """What was asked for."""
+        return self.path / "config.json"
+
+    @property
+    def held(self) -> bool:
+        """Whether the folder is this object's to write to."""
+        return self._release is not None
+
+    def __enter__(self) -> Run:
+        """Hold the folder, so that no other process writes to it, and tidy it up.
+
+        Raises:
+            BlockingIOError: if another process holds it.
+        """
+        io.make_folder(self.path)
+        self._release = lock(self.path)
+        ours = {file.name for file in (self.metrics_file, self.checkpoint_file, self.config_file)}
+        for file in self.path.glob(".*.tmp"):
+            name = io.TEMPORARY.fullmatch(file.name)
+            # Ours are of a process that was killed, as the folder is held; others may be at work.
+            if name and (name[1] in ours or time.time() - file.stat().st_mtime > STALE):
+                file.unlink(missing_ok=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Let go of it."""
+        if self._release is not None:
+            self._release()
+            self._release = None
+
     def write_config(self, config: dict[str, Any]) -> None:
         """Keep what was asked for, as JSON."""
-        io.write_atomic(self.path / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        io.write_atomic(self.config_file, (json.dumps(config, indent=2) + "\n").encode())
 
     def config(self) -> dict[str, Any]:
         """What was asked for.
@@ -48,45 +98,82 @@ class Run:
             FileNotFoundError: if the folder holds no run.
             ValueError: if its configuration cannot be read.
         """
-        file = self.path / "config.json"
-        if not file.is_file():
+        if not self.config_file.is_file():
             raise FileNotFoundError(f"{self.path} holds no run: there is no config.json in it")
         try:
-            return json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file} is not valid JSON ({error})") from None
+            found = json.loads(self.config_file.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.config_file} is not valid JSON ({error})") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"{self.config_file} is not the configuration of a run")
+        return found
 
-    def begin(self, state: Any, plan: dict[str, Any], resume: bool) -> tuple[Any, list[Any]]:
+    def plan(self, resume: Resume = True) -> Plan:
+        """What the run to resume depends on; nothing where a new one begins.
+
+        Raises:
+            FileNotFoundError: if a run is to be resumed and there is no such folder.
+            ValueError: if the folder holds a run and none is to be resumed, or the checkpoint is
+                damaged.
+        """
+        if self.checkpoint_file.exists():
+            if not resume:
+                raise ValueError(
+                    f"{self.path} already holds a run; resume it, or choose another folder"
+                )
+            return self._read()[1]
+        # Without a checkpoint, whoever began a run here was stopped before the first one.
+        if resume is True and not self.path.is_dir():
+            raise FileNotFoundError(f"there is no checkpoint at {self.checkpoint_file}")
+        return {}
+
+    def begin(self, state: Any, plan: Plan, resume: Resume) -> tuple[Any, list[Any]]:
         """The state and history to go on from; `state` and nothing for a new run.
+
+        Holds the folder from here on.
 
         Raises:
             FileNotFoundError: if there is nothing to resume.
             ValueError: if a new run would overwrite one, or `plan` differs from the one resumed.
         """
-        if not resume:
-            if self.checkpoint_file.exists():
-                raise ValueError(
-                    f"{self.path} already holds a run; resume it, or choose another folder"
-                )
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.metrics_file.write_text("")
+        before = self.plan(resume)
+        if not self.held:
+            self.__enter__()
+            before = self.plan(resume)
+        if not before:
+            self.metrics_file.write_bytes(b"")
             return state, []
-        before = io.read_metadata(self.checkpoint_file).get("plan", {})
-        changed = [name for name in plan if before.get(name) != plan[name]]
-        if changed:
+        if changed := differences(before, plan):
             raise ValueError(
-                f"the run in {self.path} cannot be resumed with other settings: "
-                + ", ".join(f"{n} was {before.get(n)} and is {plan[n]}" for n in changed)
+                f"the run in {self.path} cannot be resumed with other settings: {changed}"
             )
-        state = io.load(self.checkpoint_file, state)
+        state = self.load(state)
         # A killed process may have logged chunks after its last checkpoint; they come again.
         records = [r for r in self.metrics() if r["step"] <= int(state.step)]
         lines = "".join(_line(record) for record in records)
         io.write_atomic(self.metrics_file, lines.encode())
         return state, records
 
-    def checkpoint(self, state: Any, plan: dict[str, Any]) -> None:
+    def load(self, like: Any) -> Any:
+        """The state in the checkpoint; see `adaptax.load`.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if it is damaged, of another model, or holds NaN.
+        """
+        found = self._read()[0]
+        for name, array in found.items():
+            if jnp.issubdtype(array.dtype, jnp.inexact) and bool(jnp.isnan(array).any()):
+                raise ValueError(
+                    f"the checkpoint in {self.path} holds NaN in {name}, which no training leaves "
+                    "there; begin the run again in another folder"
+                )
+        return io.fill(self.checkpoint_file, found, like)
+
+    def checkpoint(self, state: Any, plan: Plan) -> None:
         """Replace the checkpoint."""
+        with self.metrics_file.open("ab") as file:  # no step without its record
+            os.fsync(file.fileno())
         io.save(self.checkpoint_file, state, plan=plan)
 
     def log(self, record: dict[str, Any]) -> None:
@@ -105,15 +192,85 @@ class Run:
         self._events.flush()
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Every record so far; a last line that was cut off is left out."""
-        records = []
-        text = self.metrics_file.read_text() if self.metrics_file.exists() else ""
-        for line in text.splitlines():
+        """Every record so far, by step; a line that holds none, cut off or damaged, is left out."""
+        lines = self.metrics_file.read_bytes().split(b"\n") if self.metrics_file.exists() else []
+        records = {}
+        for line in lines:
             try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return [r for r in records if math.isfinite(r.get("step", math.nan))]
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if _is_record(record):
+                records[record["step"]] = record
+        return [records[step] for step in sorted(records)]
+
+    def _read(self) -> tuple[dict[str, Any], Plan]:
+        arrays, metadata = io.read(self.checkpoint_file)
+        plan = metadata.get("plan")
+        if not isinstance(plan, dict) or not plan:
+            raise ValueError(
+                f"{self.checkpoint_file} is not the checkpoint of a run: it has no plan"
+            )
+        return arrays, plan
+
+
+Arguments = ParamSpec("Arguments")
+Value = TypeVar("Value")
+
+
+def as_run(run: Run | str | os.PathLike[str] | None) -> Run | None:
+    """A run by its path; a run, or none, as it is."""
+    return run if run is None or isinstance(run, Run) else Run(run)
+
+
+def lets_go(function: Callable[Arguments, Value]) -> Callable[Arguments, Value]:
+    """Decorate what works on its argument `run`: a folder that it took hold of is let go."""
+
+    @functools.wraps(function)
+    def call(*args: Any, run: Any = None, **how: Any) -> Any:
+        run = as_run(run)
+        held = run is not None and run.held
+        try:
+            return function(*args, run=run, **how)  # type: ignore[call-arg]
+        finally:
+            if run is not None and not held:
+                run.__exit__()
+
+    return call  # type: ignore[return-value]
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What two plans differ in, in words; empty if they agree.
+
+    Of a thing and its parts, `learner` and `learner.loss`, the thing alone is named.
+    """
+    names = [n for n in {**now, **before} if n not in before or before[n] != now.get(n)]
+    parent = lambda name: any(name.startswith((f"{n}.", f"{n}[")) for n in names)  # noqa: E731
+    found = [n for n in names if not parent(n)]
+    said = [f"{n} was {before.get(n, 'absent')} and is {now.get(n, 'absent')}" for n in found[:4]]
+    more = [f"{len(found) - 4} more"] if len(found) > 4 else []
+    return ", ".join(said + more)
+
+
+def _is_record(record: Any) -> bool:
+    """Whether `fit` may have written it: numbers by name, and a step that a run can reach."""
+
+    def numbers(values: Any) -> bool:
+        return isinstance(values, dict) and all(
+            value is None or (type(value) in (int, float) and abs(value) < math.inf)
+            for value in values.values()
+        )
+
+    if not isinstance(record, dict) or not numbers(record.get("validation", {})):
+        return False
+    step, seconds = record.get("step"), record.get("seconds")
+    return (
+        numbers({name: value for name, value in record.items() if name != "validation"})
+        and type(step) is int
+        and 0 <= step < 2**31
+        and seconds is not None
+        and "loss" in record
+    )
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import signal
-import threading
+import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
@@ -32,7 +30,8 @@ from .mapping import (
     meta_gradient,
     with_fast_path,
 )
-from .run import Run
+from .process import check_not_forked, interruptible
+from .run import Resume, Run, as_run, lets_go
 from .task import Model, Splits, Task, TaskDistribution
 
 
@@ -128,6 +127,7 @@ class Outer(Protocol):
         ...
 
 
+@lets_go
 def fit(
     learner: MetaLearner,
     model: Model,
@@ -143,8 +143,8 @@ def fit(
     validation: dict[str, Any] | None = None,
     patience: int | None = None,
     keep: int = 1,
-    run: Run | str | None = None,
-    resume: bool = False,
+    run: Run | str | os.PathLike[str] | None = None,
+    resume: Resume = False,
     chunk: int | None = None,
     mapping: Mapping = "auto",
     devices: int | None = None,
@@ -156,7 +156,8 @@ def fit(
     Chunks of steps run in one compiled `scan`, tasks sampled inside it. Between chunks the host
     logs, validates and writes checkpoints. The state of training is a step counter, the
     meta-parameters and the optimizer's state, so a resumed run equals an uninterrupted one bit by
-    bit. Ctrl-C ends it after the current chunk, with the state saved.
+    bit. Ctrl-C or SIGTERM ends it after the current chunk, with the state saved. One process at a
+    time works on a run folder; a folder without a checkpoint is begun anew.
 
     Args:
         learner: any `MetaLearner`.
@@ -175,7 +176,7 @@ def fit(
         patience: stop after so many validations without improvement.
         keep: how many of the best meta-parameters by validation to keep.
         run: folder for checkpoints, metrics and TensorBoard events.
-        resume: continue the run in that folder.
+        resume: continue the run in that folder; `"auto"`: if there is one, else begin it.
         chunk: meta-steps in one compiled program; by default 500 of light tasks or 20 of heavy.
         mapping: how to map over tasks; see `adaptax.mapping.Mapping`.
         devices: local devices to share the meta-batch, a divisor of it; by default as many as
@@ -189,22 +190,29 @@ def fit(
         TrainingDiverged: when a loss or gradient is not finite. Its `result` holds the last good
             state, which the run folder keeps too.
     """
+    check_not_forked()
     if isinstance(tasks, Splits) or isinstance(validate, Splits):
         raise ValueError("fit was given all splits of the tasks; give it tasks.train and tasks.val")
-    if steps < 1 or meta_batch < 1:
-        raise ValueError(f"steps and meta_batch are at least 1, not {steps} and {meta_batch}")
-    if keep < 1:
-        raise ValueError(f"keep is 1 or more, not {keep}")
+    if resume and run is None:
+        raise ValueError(f"resume={resume!r} wants run=, the folder of the run to continue")
+    run = as_run(run)
+    recorded = {} if run is None else run.plan(resume)
+    chunk, devices = chunk or recorded.get("chunk"), devices or recorded.get("devices")
+    _check_counts(steps=steps, meta_batch=meta_batch, keep=keep, chunk=chunk, patience=patience,
+                  validate_every=validate_every, devices=devices)  # fmt: skip
+    if steps >= 2**31 or steps * meta_batch > 2**32:
+        raise ValueError(
+            f"{steps:,} steps of {meta_batch:,} tasks are more than are numbered: fewer than 2^31 "
+            "steps and 2^32 tasks"
+        )
     if validate is not None and validate.split == "test":
         raise ValueError(
             "validate= was given the test split, and a model selected on it has no honest test "
             "score; give it tasks.val"
         )
-    if resume and run is None:
-        raise ValueError("resume=True wants run=, the folder of the run to continue")
-    run = Run(run) if isinstance(run, str) else run
     if outer is not None and optimizer is not None:
         raise ValueError("outer= is the whole outer step; give no optimizer with it")
+    judge = None if validate is None else _judge(learner, validate, fast_path, validation or {})
     optimizer = optimizer or learner.optimizer(steps)
     task_key, learner_key, init_key, validation_key = jax.random.split(key, 4)
     state, fixed = initial_state(learner, model, outer or optimizer, init_key, keep)
@@ -212,8 +220,9 @@ def fit(
     heavy = _is_heavy(fast_learner, eqx.combine(state.meta, fixed), tasks, task_key)
     chunk = chunk or (20 if heavy else 500)
     validate_every = math.ceil((validate_every or max(steps // 10, 1)) / chunk) * chunk
-    mesh = _mesh(devices, meta_batch, heavy or outer is not None)
+    mesh = local_mesh(meta_batch, devices) if devices or heavy or outer is not None else None
     plan = {"steps": steps, "meta_batch": meta_batch, "chunk": chunk,
+            "devices": 1 if mesh is None else mesh.size,
             "key": np.asarray(io.plain(key)).tolist(),
             "validate_every": validate_every, "keep": keep}  # fmt: skip
     history: list[dict[str, Any]] = []
@@ -221,9 +230,6 @@ def fit(
         state, history = run.begin(state, plan, resume)
     # Once, and not at every call of the program: the bank of images may be large.
     state, tasks = everywhere((state, tasks), mesh)
-    judge = None
-    if validate is not None:
-        judge = _judge(learner, validate, fast_path, validation or {})
     program = _program(fast_learner, optimizer, outer, fixed, meta_batch, steps, mapping, mesh)
 
     def outcome(stopped: str) -> Result:
@@ -233,8 +239,10 @@ def fit(
         best, step, score, kept = best_of(state, fixed)
         return Result(best, last, now, step, score, kept, history, stopped)
 
-    def bounds() -> Iterator[tuple[int, int]]:
-        start = int(state.step)
+    def exhausted() -> bool:
+        return patience is not None and int(state.stale) >= patience
+
+    def bounds(start: int) -> Iterator[tuple[int, int]]:
         while start < steps:
             # Ends at multiples of the chunk, so that a resumed run makes the same calls.
             end = min(start - start % chunk + chunk, steps)
@@ -245,8 +253,9 @@ def fit(
         episodes = np.arange(start * meta_batch, end * meta_batch).reshape(-1, meta_batch)
         return start, end, feed.load(tasks, task_key, jnp.asarray(episodes, jnp.uint32))
 
-    jobs = (lambda b=b: job(*b) for b in list(bounds()))
-    stopped = "done"
+    stopped = "early" if exhausted() else "done"
+    first = steps if exhausted() else int(state.step)
+    jobs = (lambda b=b: job(*b) for b in bounds(first))
     with interruptible() as interrupted:
         for start, end, loaded in feed.prefetch(tasks, jobs):
             began = time.perf_counter()
@@ -282,7 +291,7 @@ def fit(
                     "gradient (optax.clip), or look for NaN in the data",
                     outcome("diverged"),
                 )
-            if patience is not None and int(state.stale) >= patience:
+            if exhausted():
                 stopped = "early"
                 break
             if interrupted() and end < steps:
@@ -414,6 +423,7 @@ def _judge(
 
 def _select(state: State, score: float) -> State:
     """Keep the current meta-parameters if they are among the best so far."""
+    score = -math.inf if math.isnan(score) else score
     score = float(np.asarray(score, state.best_score.dtype))  # as it was kept
     scores = np.append(state.best_score, score)
     # Stable: of equals the earlier stays ahead.
@@ -449,32 +459,7 @@ def _is_heavy(learner: MetaLearner, meta: Meta, tasks: TaskDistribution, key: PR
     return chunk_size("auto", 2, one, (loaded, tiled)) == 1
 
 
-def _mesh(devices: int | None, meta_batch: int, heavy: bool) -> Mesh | None:
-    if devices is None:
-        return local_mesh(meta_batch) if heavy else None
-    if devices < 1 or devices > jax.local_device_count() or meta_batch % devices:
-        raise ValueError(
-            f"devices={devices} should be at most the {jax.local_device_count()} local devices "
-            f"and divide the meta-batch of {meta_batch}"
-        )
-    return local_mesh(meta_batch, devices)
-
-
-@contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C into a flag; the second one interrupts as ever."""
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    pressed = threading.Event()
-    before = signal.getsignal(signal.SIGINT)
-
-    def handle(number: int, frame: Any) -> None:
-        pressed.set()
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield pressed.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and (not isinstance(count, int | np.integer) or count < 1):
+            raise ValueError(f"{name} is a whole number of at least 1, not {count!r}")

@@ -29,7 +29,7 @@ def learning_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
     """
     if not history:
         raise ValueError("the history holds no records; train at least one step")
-    validated = [record for record in history if record.get("validation")]
+    validated = [r for r in history if any("_ci95" not in n for n in r.get("validation", {}))]
     figure, axes = canvas(1, 2 if validated else 1)
     _losses(axes[0, 0], history)
     if validated:
@@ -116,7 +116,7 @@ def ablation(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
 
 def _losses(ax: Axes, history: Sequence[Mapping[str, Any]]) -> None:
     steps = np.array([record["step"] for record in history])
-    loss = np.array([record["loss"] for record in history])
+    loss = np.array([record["loss"] for record in history], float)
     many = len(loss) >= 40
     ax.plot(
         steps, loss, color=COLOURS[0], alpha=0.3 if many else 1.0, linewidth=0.9 if many else 1.6,
@@ -138,7 +138,7 @@ def _validation(ax: Axes, records: Sequence[Mapping[str, Any]]) -> None:
     metric = next(name for name in records[0]["validation"] if not name.endswith("_ci95"))
     factor = scale(metric)
     steps = np.array([record["step"] for record in records])
-    mean = factor * np.array([record["validation"][metric] for record in records])
+    mean = factor * np.array([record["validation"].get(metric) for record in records], float)
     half = factor * np.array(
         [record["validation"].get(f"{metric}_ci95", 0.0) for record in records]
     )
