@@ -5,19 +5,25 @@ of a batch by the number of shots, so that its gradient is `way` times that of t
 and LEO's codes sum. `reduction=` names all three:
 
     loss = functools.partial(adaptax.losses.cross_entropy, reduction="sum/shot")
+
+Predictions in half precision are reduced in float32, which the loss is then in.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
 from .task import Batch, Model
+from .tree import wide
 
 Loss = Callable[[Model, Batch], Float[Array, ""]]
 Reduction = Literal["mean", "sum", "sum/shot", "balanced"]
@@ -42,7 +48,7 @@ def mse(model: Model, batch: Batch, *, reduction: Reduction = "mean") -> Float[A
             f"the model predicts shape {predictions.shape} for targets of shape {batch.y.shape}; "
             "mse compares them element by element, so give both the same shape"
         )
-    errors = jnp.square(predictions - batch.y)
+    errors = jnp.square(wide(predictions) - wide(batch.y))
     return _reduce(jnp.mean(errors.reshape(len(errors), -1), axis=1), reduction, way=1)
 
 
@@ -61,7 +67,7 @@ def relative_mse(model: Model, batch: Batch) -> Float[Array, ""]:
     Raises:
         ValueError: if predictions and targets differ in shape.
     """
-    return mse(model, batch) / jnp.maximum(jnp.mean(batch.y**2), 1.0)
+    return mse(model, batch) / jnp.maximum(jnp.mean(wide(batch.y) ** 2), 1.0)
 
 
 def normal(
@@ -112,12 +118,41 @@ def cross_entropy(model: Model, batch: Batch, *, reduction: Reduction = "mean") 
             f"cross_entropy wants integer labels of shape {logits.shape[:-1]}, and was given "
             f"{batch.y.dtype} of shape {batch.y.shape}; use labels 0..way-1, not one-hot vectors"
         )
-    each = optax.softmax_cross_entropy_with_integer_labels(logits, batch.y)
+    each = optax.softmax_cross_entropy_with_integer_labels(wide(logits), batch.y)
     if reduction == "balanced":
         y = batch.y.ravel()
         count = jnp.sum(y[:, None] == y, axis=1)  # of its class, for every example
         return jnp.sum(each.ravel() / count) / jnp.sum(1 / count)
     return _reduce(each, reduction, way=logits.shape[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class MixedPrecision:
+    """A loss that computes its model in half precision, of parameters kept in float32.
+
+    Parameters and inputs are cast to `dtype` where the loss is taken, and its derivatives cast
+    back: fast weights, meta-parameters, their gradients and the states of inner and outer rules
+    stay in float32, in both loops of every learner. Targets are not cast. The losses of this
+    module reduce half-precision predictions in float32; one of your own does by
+    `adaptax.tree.wide`.
+
+    Args:
+        loss: `loss(model, batch) -> scalar`.
+        dtype: bfloat16, which has the range of float32. In float16, small gradients become 0.
+    """
+
+    loss: Loss
+    dtype: Any = jnp.bfloat16
+
+    def __call__(self, model: Model, batch: Batch) -> Float[Array, ""]:
+        """The loss, in float32."""
+        cast = lambda leaf: leaf.astype(self.dtype) if _is_real(leaf) else leaf  # noqa: E731
+        model, x = jax.tree.map(cast, (model, batch.x))
+        return wide(self.loss(model, dataclasses.replace(batch, x=x)))
+
+
+def _is_real(leaf: Any) -> bool:
+    return eqx.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def labelled(batch: Batch) -> None:

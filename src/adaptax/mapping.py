@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from . import tree
 from .conv import FastPath, fast
 from .learner import Meta, MetaLearner
 from .task import Task
@@ -95,19 +96,46 @@ def meta_gradient(
     trained, fixed = eqx.partition(meta, eqx.is_inexact_array)
     size = count // (mesh.size if mesh else 1)
 
-    def one(trained: PyTree, make: Any, progress: Any, loaded: PyTree, key: Any) -> Any:
-        def scalar(trained: PyTree) -> tuple[Array, dict[str, Array]]:
-            meta = eqx.combine(trained, fixed)
-            return learner.meta_loss(meta, make(loaded), key=key, progress=progress)
-
-        return jax.value_and_grad(scalar, has_aux=True)(trained)
-
     def on_device(across: Across, common: PyTree, mine: PyTree) -> Any:
-        total = sum_over(lambda *each: one(*common, *each), mine, mapping)
+        trained, make, progress = common
+        total = sum_over(
+            lambda *each: task_gradient(learner, trained, fixed, make, progress, *each),
+            mine,
+            mapping,
+        )
         return across(jax.tree.map(lambda leaf: leaf / size, total))
 
     common = (trained, task, jnp.asarray(progress, float))
-    return over_devices(on_device, mesh, common, (loaded, jax.random.split(key, count)))
+    out, grads = over_devices(on_device, mesh, common, (loaded, jax.random.split(key, count)))
+    return out, tree.in_types_of(trained, grads)
+
+
+def task_gradient(
+    learner: MetaLearner,
+    trained: PyTree,
+    fixed: PyTree,
+    make: Callable[[PyTree], Task],
+    progress: float | Array,
+    loaded: PyTree,
+    key: PRNGKeyArray,
+) -> tuple[tuple[Float[Array, ""], dict[str, Array]], PyTree]:
+    """`((value, metrics), grads)` of one task.
+
+    Args:
+        learner: any.
+        trained: the meta-parameters to differentiate with respect to.
+        fixed: the others.
+        make: makes the task.
+        progress: in `[0, 1]`.
+        loaded: what the task is made of.
+        key: of the meta-loss.
+    """
+
+    def scalar(trained: PyTree) -> tuple[Array, dict[str, Array]]:
+        meta = eqx.combine(trained, fixed)
+        return learner.meta_loss(meta, make(loaded), key=key, progress=progress)
+
+    return jax.value_and_grad(scalar, has_aux=True)(trained)
 
 
 Across = Callable[[PyTree], PyTree]
@@ -152,25 +180,25 @@ def sum_over(function: Callable[..., PyTree], xs: tuple[PyTree, ...], mapping: M
     """`Σ_i function(*xs[i])` over the leading axis of every array in `xs`.
 
     Args:
-        function: pure; its results are summed leaf by leaf.
+        function: pure; its results are summed leaf by leaf, those in half precision in float32.
         xs: arguments with a leading axis.
         mapping: how; see `Mapping`. Memory does not grow with the axis unless it is `"vmap"`.
     """
     count = len(jax.tree.leaves(xs)[0])
     size = chunk_size(mapping, count, function, xs)
     if size >= count:
-        return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), jax.vmap(function)(*xs))
+        return jax.tree.map(_sum, jax.vmap(function)(*xs))
     whole = count - count % size
 
     def chunk(carry: PyTree, xs: tuple[PyTree, ...]) -> tuple[PyTree, None]:
         if size == 1:
             out = function(*jax.tree.map(lambda leaf: leaf[0], xs))
         else:
-            out = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), jax.vmap(function)(*xs))
+            out = jax.tree.map(_sum, jax.vmap(function)(*xs))
         return jax.tree.map(jnp.add, carry, out), None
 
     shapes = jax.eval_shape(function, *jax.tree.map(lambda leaf: leaf[0], xs))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    zeros = jax.tree.map(lambda s: tree.wide(jnp.zeros(s.shape, s.dtype)), shapes)
     chunks = jax.tree.map(
         lambda leaf: leaf[:whole].reshape(whole // size, size, *leaf.shape[1:]), xs
     )
@@ -248,11 +276,11 @@ def with_fast_path(learner: MetaLearner, fast_path: FastPath) -> MetaLearner:
     return twin
 
 
-def everywhere(tree: PyTree, mesh: Mesh | None) -> PyTree:
+def everywhere(given: PyTree, mesh: Mesh | None) -> PyTree:
     """The arrays of a tree on every device of a mesh; without one, where they are."""
     if mesh is None:
-        return tree
-    arrays, rest = eqx.partition(tree, lambda leaf: isinstance(leaf, jax.Array | np.ndarray))
+        return given
+    arrays, rest = eqx.partition(given, lambda leaf: isinstance(leaf, jax.Array | np.ndarray))
     return eqx.combine(jax.device_put(arrays, NamedSharding(mesh, P())), rest)
 
 
@@ -269,6 +297,10 @@ def task_count(tasks: PyTree) -> int:
             f"with {sorted(counts)}; sample it with jax.vmap(tasks.sample)(keys)"
         )
     return counts.pop()[0]
+
+
+def _sum(leaf: Array) -> Array:
+    return jnp.sum(tree.wide(leaf), axis=0)
 
 
 def _intermediates(function: Callable[..., Any], xs: Any) -> int:

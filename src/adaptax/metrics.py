@@ -14,6 +14,8 @@ import numpy as np
 from jax.scipy.special import entr, ndtr
 from jaxtyping import Array, Bool, Float, Int
 
+from .tree import wide
+
 BINS = 15
 """Bins of confidence in the calibration error."""
 
@@ -63,7 +65,7 @@ def uncertainty(logits: Float[Array, "*particles n way"]) -> dict[str, Float[Arr
     log_p = _mixture(logits)
     out = {"entropy": jnp.mean(_entropy(log_p))}
     if logits.ndim == 3 and len(logits) > 1:
-        each = jax.nn.log_softmax(logits)
+        each = jax.nn.log_softmax(wide(logits))
         p = jnp.exp(each)
         divergence = jnp.sum(jnp.where(p > 0, p * (each - log_p), 0.0), axis=-1)
         out |= {"aleatoric": jnp.mean(_entropy(each)), "epistemic": jnp.mean(divergence)}
@@ -156,7 +158,7 @@ def calibration_error(bins: Float[Array, "bins 3"]) -> float:
 
 def _mixture(logits: Float[Array, "*particles n way"]) -> Float[Array, "n way"]:
     """Log-probabilities of the mixture."""
-    log_p = jax.nn.log_softmax(logits)
+    log_p = jax.nn.log_softmax(wide(logits))
     if log_p.ndim == 3:
         log_p = jax.nn.logsumexp(log_p, axis=0) - jnp.log(len(log_p))
     return log_p
@@ -171,7 +173,7 @@ def _members(
 ) -> tuple[Float[Array, "m ..."], Array]:
     """Predictions with an axis of particles, and noise that broadcasts against them."""
     ensemble = predictions if predictions.ndim == targets.ndim + 1 else predictions[None]
-    return ensemble, jnp.reshape(jnp.asarray(noise), (-1, *(1,) * targets.ndim))
+    return wide(ensemble), jnp.reshape(jnp.asarray(noise), (-1, *(1,) * targets.ndim))
 
 
 def _fraction(true: Bool[Array, "*any"]) -> Float[Array, ""]:

@@ -24,6 +24,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from . import roots
+from .tree import wide
 
 Kernel = Callable[[Array], tuple[Array, Array]]
 """From flat particles `(M, D)` to the matrix `k(θ_i, θ_j)`, `(M, M)`, and to the repulsion
@@ -236,7 +237,7 @@ def _flatten(particles: PyTree) -> tuple[Float[Array, "m d"], Callable[[Array], 
     """Every particle as a vector, and the way back."""
     leaves, structure = jax.tree.flatten(particles)
     count = _count(leaves)
-    flat = jnp.concatenate([leaf.reshape(count, -1) for leaf in leaves], axis=1)
+    flat = jnp.concatenate([wide(leaf).reshape(count, -1) for leaf in leaves], axis=1)
     ends = [0]
     for leaf in leaves:
         ends.append(ends[-1] + leaf.size // count)

@@ -104,7 +104,18 @@ def shift(model: PyTree, to: PyTree, start: PyTree) -> PyTree:
 def squared_distance(x: PyTree, y: PyTree) -> Float[Array, ""]:
     """`‖x − y‖²` over the inexact arrays of two models."""
     pairs = zip(jax.tree.leaves(parameters(x)), jax.tree.leaves(parameters(y)), strict=True)
-    return sum((jnp.sum((a - b) ** 2) for a, b in pairs), jnp.zeros(()))
+    return sum((jnp.sum((wide(a) - wide(b)) ** 2) for a, b in pairs), jnp.zeros(()))
+
+
+def wide(x: Array) -> Array:
+    """The array in float32 if it is in half precision, as it is if not: for sums."""
+    half = jnp.issubdtype(x.dtype, jnp.floating)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if half else x
+
+
+def in_types_of(like: PyTree, tree: PyTree) -> PyTree:
+    """The arrays of a tree in the dtypes of another of its structure."""
+    return jax.tree.map(lambda old, new: new.astype(old.dtype), like, tree)
 
 
 def noise_like(key: PRNGKeyArray, model: PyTree) -> PyTree:
@@ -135,5 +146,5 @@ def finite(tree: PyTree) -> Bool[Array, ""]:
 
 def norm(tree: PyTree) -> Float[Array, ""]:
     """`‖x‖` over the inexact arrays of a tree."""
-    squares = (jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(parameters(tree)))
+    squares = (jnp.sum(jnp.square(wide(leaf))) for leaf in jax.tree.leaves(parameters(tree)))
     return jnp.sqrt(sum(squares, jnp.zeros(())))

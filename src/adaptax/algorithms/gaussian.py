@@ -79,7 +79,7 @@ def gaussian_nll(model: Gaussian, batch: Batch) -> Float[Array, ""]:
             f"the model predicts shape {predictions.shape} for targets of shape {batch.y.shape}; "
             "give both the same shape"
         )
-    squares = jnp.sum((predictions - batch.y) ** 2)
+    squares = jnp.sum((tree.wide(predictions) - batch.y) ** 2)
     log_density = model.log_gamma - jnp.log(2 * jnp.pi)
     return (jnp.exp(model.log_gamma) * squares - batch.y.size * log_density) / 2
 
@@ -108,7 +108,7 @@ def gamma_prior(
     chosen = [leaf for leaf, path in zip(jax.tree.leaves(net), jax.tree.leaves(tree.paths(net)))
               if on(path)]  # fmt: skip
     count = sum(leaf.size for leaf in chosen)
-    squares = sum((jnp.sum(leaf**2) for leaf in chosen), jnp.zeros(()))
+    squares = sum((jnp.sum(tree.wide(leaf) ** 2) for leaf in chosen), jnp.zeros(()))
     log_w = (count * model.log_lambda - jnp.exp(model.log_lambda) * squares) / 2
     return -(log_w + _log_gamma(model.log_gamma, *noise) + _log_gamma(model.log_lambda, *weights))
 

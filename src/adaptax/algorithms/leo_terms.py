@@ -50,7 +50,7 @@ def correlation(rows: Float[Array, "n m"]) -> Float[Array, ""]:
 def weight_decay(networks: PyTree) -> Float[Array, ""]:
     """`½ Σ ‖W‖²` over the matrices of the networks."""
     leaves = (leaf for leaf in jax.tree.leaves(tree.parameters(networks)) if leaf.ndim == 2)
-    return sum((jnp.sum(leaf**2) for leaf in leaves), jnp.zeros(())) / 2
+    return sum((jnp.sum(tree.wide(leaf) ** 2) for leaf in leaves), jnp.zeros(())) / 2
 
 
 def kept(key: PRNGKeyArray, rate: float, shape: tuple[int, ...]) -> Bool[Array, ...]:
@@ -117,8 +117,10 @@ def bounded(limit: float) -> optax.GradientTransformation:
     """
 
     def bound(grads: PyTree, _: Any) -> PyTree:
-        square = sum(jnp.sum(g**2) for g in jax.tree.leaves(grads))
-        return optax.tree.scale(limit / jnp.sqrt(jnp.maximum(square, limit**2)), grads)
+        square = sum(jnp.sum(tree.wide(g) ** 2) for g in jax.tree.leaves(grads))
+        return tree.in_types_of(
+            grads, optax.tree.scale(limit / jnp.sqrt(jnp.maximum(square, limit**2)), grads)
+        )
 
     return optax.stateless(bound)
 

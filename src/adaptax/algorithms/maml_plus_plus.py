@@ -408,7 +408,7 @@ def _carry(meta: Meta, moved: batch_norm.Rows) -> tuple[Meta, Array]:
 
 def _product(x: PyTree, y: PyTree) -> Float[Array, ""]:
     pairs = zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
-    return sum((jnp.sum(a * b) for a, b in pairs), jnp.zeros(()))
+    return sum((jnp.sum(tree.wide(a) * tree.wide(b)) for a, b in pairs), jnp.zeros(()))
 
 
 def _switch(

@@ -277,7 +277,8 @@ def _kl(q_mean: Model, q_log: PyTree, p_mean: Model, p_log: PyTree) -> Float[Arr
     """`KL(q ‖ p)` of diagonal Gaussians over the leaves that have a variance, in nats."""
 
     def leaf(q_log: Array, p_log: Array, q_mean: Array, p_mean: Array) -> Array:
-        ratio, gap = q_log - p_log, (q_mean - p_mean) ** 2
+        q_log, p_log = tree.wide(q_log), tree.wide(p_log)
+        ratio, gap = q_log - p_log, (tree.wide(q_mean) - tree.wide(p_mean)) ** 2
         return jnp.sum(jnp.expm1(ratio) - ratio + gap * jnp.exp(-p_log)) / 2
 
     parts = jax.tree.map(

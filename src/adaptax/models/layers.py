@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..batch_norm import observe
 from ..conv import conv
+from ..tree import wide
 
 Init = Literal["glorot", "he", "truncated", "normal", "zero"]
 """Weights: Xavier uniform, He normal (for ReLU), N(0, 0.01²) cut at two standard deviations,
@@ -123,13 +124,14 @@ class BatchNorm(eqx.Module):
         if self.use_running_average and self.mean is not None and self.var is not None:
             return self._normalised(x, self.mean, self.var)
         axes = tuple(range(x.ndim - 1))
+        dtype, x = x.dtype, wide(x)
         # E[d²] − E[d]² takes one pass, and loses no digits when d is taken about any value of
         # the channel; the result does not depend on which, so its derivative may be cut.
         about = lax.stop_gradient(x[(0,) * len(axes)])
         d = x - about
         mean = jnp.mean(d, axes)
         variance = jnp.mean(d * d, axes) - mean * mean
-        y = self._normalised(d, mean, variance)
+        y = self._normalised(d, mean, variance).astype(dtype)
         if self.mean is None:
             return y
         running, now = (self.mean, self.var), (about + mean, variance)

@@ -113,6 +113,7 @@ class PPO(eqx.Module):
         def epoch(carry: PyTree, _: None) -> tuple[PyTree, tuple[Array, Array]]:
             trained, state = carry
             value, grads = mean(trained)
+            grads = tree.in_types_of(trained, grads)
             updates, state = self._rule.update(grads, state, trained)
             return (optax.apply_updates(trained, updates), state), (value, tree.norm(grads))
 

@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from .. import tree
 from ..learner import Meta, MetaLearner
 from ..losses import Loss
 from ..mapping import Across, Mapping, chunk_size, map_over, over_devices, sum_over, task_count
@@ -121,7 +122,8 @@ class TRPO(eqx.Module):
         """
         learner, meta = common
         trained, fixed = eqx.partition(meta, eqx.is_inexact_array)
-        theta, unravel = ravel_pytree(trained)
+        theta, flat_to_tree = ravel_pytree(jax.tree.map(tree.wide, trained))
+        unravel = lambda theta: tree.in_types_of(trained, flat_to_tree(theta))  # noqa: E731
         tasks, keys = mine
         found = collect_all(learner, meta, tasks, keys, self.mapping)
         rolled_out, rest = eqx.partition(found, eqx.is_array)
