@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ..tree import wide
+
 
 def discounted(rewards: Float[Array, "*n t"], discount: float) -> Float[Array, "*n t"]:
     """`R_t = r_t + γ R_{t+1}`, with `R_T = 0`.
@@ -48,12 +50,17 @@ def gae(
 
 
 def masked_mean(values: Float[Array, "*n"], mask: Float[Array, "*n"]) -> Float[Array, ""]:
-    """Mean of the entries whose mask is 1."""
-    return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+    """Mean of the entries whose mask is 1, whatever the others are; 0 if there is none."""
+    return jnp.sum(kept(values, mask)) / jnp.maximum(jnp.sum(mask), 1.0)
+
+
+def kept(values: Float[Array, "*n"], mask: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """The entries whose mask is 1, and 0 for the others, though they be infinite or NaN."""
+    return jnp.where(mask > 0, wide(values) * mask, 0.0)
 
 
 def standardise(values: Float[Array, "*n"], mask: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """Shifted and scaled to mean 0 and standard deviation 1 where the mask is 1; 0 elsewhere."""
-    centred = (values - masked_mean(values, mask)) * mask
+    centred = kept(values - masked_mean(values, mask), mask)
     spread = jnp.sqrt(masked_mean(centred**2, mask))
     return centred / (spread + 1e-8)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .advantages import kept
+
 REGULARISATION = 1e-5
 """Ridge that the fit starts with."""
 
@@ -38,9 +40,9 @@ def fitted_values(
         returns: what to fit.
         mask: 1 for the steps that count; the values of the others are 0.
     """
-    phi = features(observations) * mask[..., None]
+    phi = jnp.where(mask[..., None] > 0, features(observations), 0.0)
     rows = phi.reshape(-1, phi.shape[-1])
-    gram, moment = rows.T @ rows, rows.T @ (returns * mask).ravel()
+    gram, moment = rows.T @ rows, rows.T @ kept(returns, mask).ravel()
     eye = jnp.eye(len(gram), dtype=gram.dtype)
 
     def solve(ridge: Array) -> Array:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from ..losses import Loss
 from ..task import Batch, Model
-from .advantages import masked_mean
+from .advantages import kept, masked_mean
 
 
 def log_prob(policy: Model, batch: Batch) -> Float[Array, ""]:
@@ -52,7 +52,7 @@ def dice(policy: Model, batch: Batch) -> Float[Array, ""]:
     (Loaded DiCE, Farquhar et al. 2019, arXiv:1909.10549).
     """
     steps = batch.y
-    each = policy(batch.x).log_prob(steps.actions) * steps.mask
+    each = kept(policy(batch.x).log_prob(steps.actions), steps.mask)
     so_far = jnp.cumsum(each, axis=-1)
     before = so_far - each
     return -masked_mean((_magic(so_far) - _magic(before)) * steps.advantages, steps.mask)
@@ -67,10 +67,12 @@ def importance(policy: Model, batch: Batch) -> Float[Array, ""]:
 
 
 def ratio(policy: Model, batch: Batch) -> Float[Array, "*n t"]:
-    """`π(a_t|s_t) / π_old(a_t|s_t)` of every step, 1 where the mask is 0."""
+    """`π(a_t|s_t) / π_old(a_t|s_t)` of every step, 1 where the mask is 0; 0, with derivative 0,
+    where π cannot take the action."""
     steps = batch.y
-    logs = policy(batch.x).log_prob(steps.actions) - steps.log_probs
-    return jnp.exp(logs * steps.mask)
+    new = policy(batch.x).log_prob(steps.actions)
+    logs = jnp.where(jnp.isneginf(new), new, new - steps.log_probs)
+    return jnp.exp(kept(logs, steps.mask))
 
 
 OBJECTIVES: dict[str, Loss] = {
@@ -83,4 +85,6 @@ OBJECTIVES: dict[str, Loss] = {
 
 
 def _magic(x: Array) -> Array:
-    return jnp.exp(x - jax.lax.stop_gradient(x))
+    """`exp(x − stop(x))`; of what is impossible, x = −∞, 1 with derivative 0."""
+    away = jnp.where(jnp.isneginf(x), 0.0, x - jax.lax.stop_gradient(x))
+    return jnp.exp(away)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ..learner import Ensemble
 from ..models import MLP
+from ..tree import wide
 
 MIN_STD = 1e-6
 """Smallest standard deviation of a Gaussian policy."""
@@ -60,8 +61,11 @@ class Gaussian(eqx.Module):
 class Categorical(eqx.Module):
     """A choice among `action_size` actions.
 
+    A logit of −∞ forbids an action: its probability is 0, its log-probability −∞ with derivative
+    0, and it adds nothing to entropy and divergence, nor to their derivatives.
+
     Args:
-        logits: `(*batch, action_size)`, not normalised.
+        logits: `(*batch, action_size)`, not normalised; one of them finite.
     """
 
     discrete: ClassVar[bool] = True
@@ -78,18 +82,23 @@ class Categorical(eqx.Module):
 
     def log_prob(self, action: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
         """Log-probability of each row's action."""
-        rows = jax.nn.log_softmax(self.logits)
-        return jnp.take_along_axis(rows, action[..., None], axis=-1)[..., 0]
+        return jnp.take_along_axis(self._rows, action[..., None], axis=-1)[..., 0]
 
     def kl(self, other: Categorical) -> Float[Array, "*batch"]:
-        """`KL(self ‖ other)` of each row."""
-        p, q = jax.nn.log_softmax(self.logits), jax.nn.log_softmax(other.logits)
-        return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+        """`KL(self ‖ other)` of each row; infinite where the other cannot what this one may."""
+        p, q = self._rows, other._rows
+        return jnp.sum(jnp.exp(p) * jnp.where(jnp.isneginf(p), 0.0, p - q), axis=-1)
 
     def entropy(self) -> Float[Array, "*batch"]:
         """Entropy of each row."""
-        p = jax.nn.log_softmax(self.logits)
-        return -jnp.sum(jnp.exp(p) * p, axis=-1)
+        p = self._rows
+        return -jnp.sum(jnp.exp(p) * jnp.where(jnp.isneginf(p), 0.0, p), axis=-1)
+
+    @property
+    def _rows(self) -> Float[Array, "*batch action_size"]:
+        """Log-probabilities of all actions."""
+        rows = jax.nn.log_softmax(wide(self.logits))
+        return jnp.where(jnp.isneginf(rows), -jnp.inf, rows)
 
 
 class Laws(eqx.Module):
