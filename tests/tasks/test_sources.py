@@ -1,13 +1,14 @@
 import os
+import stat
+import struct
+import warnings
 import zipfile
-import zlib
+from pathlib import Path
 
-import numpy as np
 import pytest
 
 from adaptax.tasks import sources
-from adaptax.tasks.cache import cache_root, cached
-from adaptax.tasks.sources import DataError, data_root, open_files
+from adaptax.tasks.sources import DataError, data_root, open_files, shown
 
 
 def archive(path, members):
@@ -105,73 +106,110 @@ def test_a_broken_member(tmp_path, method):
         files.read("a")
 
 
-class Fill:
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self, out):
-        self.calls += 1
-        out[:] = np.arange(out.size).reshape(out.shape)
-
-
-@pytest.fixture
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ADAPTAX_CACHE", str(tmp_path / "c"))
-    return tmp_path / "c"
+def refusal(path):
+    """The sentence that a folder or archive is refused with, at its opening or at the reading."""
+    with pytest.raises(DataError) as refused, open_files(path) as files:
+        list(map(files.read, files.names))
+    sentence = str(refused.value)
+    assert sentence.startswith(str(path))
+    assert "\n" not in sentence
+    return sentence
 
 
-def test_filled_once_and_mapped(own_cache):
-    fill = Fill()
-    first, second = (cached("x", ["key"], (4, 3), fill) for _ in range(2))
-    assert fill.calls == 1
-    assert isinstance(second, np.memmap)
-    assert np.array_equal(first, np.arange(12).reshape(4, 3))
-    cached("x", ["other"], (4, 3), fill)
-    assert fill.calls == 2
-    assert sorted({p.suffix for p in own_cache.iterdir()}) == [".crc", ".npy"]
-    assert cache_root() == own_cache
-
-
-def flip(path):
+def patched(path, offset, value, of="directory"):
+    """The archive with bytes changed in its first entry in the directory, or before its data."""
     raw = bytearray(path.read_bytes())
-    raw[-1] ^= 1
+    start = raw.index(b"PK\1\2") if of == "directory" else 0
+    raw[start + offset : start + offset + len(value)] = value
     path.write_bytes(bytes(raw))
+    return path
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda p: p.write_bytes(b""),
-        lambda p: p.write_bytes(p.read_bytes()[:-3]),
-        lambda p: p.write_bytes(b"garbage" * 50),
-        flip,
-        lambda p: np.save(p, np.zeros(5)),
-        lambda p: np.save(p, np.array([{}], dtype=object)),
-        lambda p: p.with_suffix(".crc").unlink(),
-        lambda p: p.with_suffix(".crc").write_text("?"),
-    ],
-)
-def test_a_broken_cache_file_is_built_again(own_cache, damage):
-    fill = Fill()
-    cached("x", [], (4, 3), fill)
-    (path,) = own_cache.glob("*.npy")
-    damage(path)
-    assert np.array_equal(cached("x", [], (4, 3), fill), np.arange(12).reshape(4, 3))
-    assert fill.calls == 2
+def test_directories_of_archives_that_hold_nonsense(tmp_path):
+    """Fields of the directory at these offsets: version needed, flags, method, lengths."""
+    make = lambda: archive(tmp_path / "a.zip", {"c/a.png": b"x" * 40})
+    assert "not a readable zip archive" in refusal(patched(make(), 6, b"\xff"))
+    assert "holds c/a.png encrypted" in refusal(patched(make(), 8, b"\1"))
+    assert "c/a.png cannot be unpacked" in refusal(patched(make(), 10, struct.pack("<H", 97)))
+    unnamed = patched(make(), 28, struct.pack("<3H", 0, 0, 7))  # the name is a comment
+    assert "holds a member without a name" in refusal(unnamed)
+    patched(patched(make(), 8, struct.pack("<H", 0x800)), 46, b"\xff\xfe")  # no UTF-8, they say
+    assert "not a readable zip archive" in refusal(tmp_path / "a.zip")
 
 
-def test_a_failed_fill_leaves_nothing(own_cache):
-    def fail(out):
-        raise DataError("broken image")
+def test_names_of_members(tmp_path):
+    path = tmp_path / "a.zip"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile's, of the duplicate
+        with zipfile.ZipFile(path, "w") as out:
+            out.writestr("c/a.png", b"one")
+            out.writestr("c/./a.png", b"two")
+    assert "holds c/a.png twice" in refusal(path)
+    long = "x" * 60000
+    with open_files(archive(path, {f"{long}/a.png": b"x"})) as files:
+        assert files.read(f"{long}/a.png") == b"x"
+        assert len(files.named(files.names[0])) < 500
+    with zipfile.ZipFile(path, "w") as out:
+        link = zipfile.ZipInfo("c/b.png")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        out.writestr(link, "a.png")
+    assert "holds the link c/b.png" in refusal(path)
 
-    with pytest.raises(DataError, match="broken image"):
-        cached("x", [], (4, 3), fail)
-    assert list(own_cache.iterdir()) == []
+
+def test_hidden_files_are_none_of_a_folder_or_an_archive(tmp_path):
+    kept = {"a/1.png": b"1", "b c/[2].png": b"2"}
+    hidden = [".DS_Store", "a/._1.png", "a/.ipynb_checkpoints/1.png", "__MACOSX/a/1.png",
+              "a/Thumbs.db", "b c/@eaDir/1/x.jpg", ".git/a.png"]  # fmt: skip
+    packed = archive(tmp_path / "a.zip", kept | dict.fromkeys(hidden, b"junk"))
+    for name, data in (kept | dict.fromkeys(hidden, b"junk")).items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(data)
+    for where in (packed, tmp_path / "in"):
+        with open_files(where) as files:
+            assert files.names == tuple(sorted(kept))
 
 
-def test_without_a_place_to_write_there_is_a_warning(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("ADAPTAX_CACHE", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="not cached"):
-        images = cached("x", [], (4, 3), Fill())
-    assert zlib.crc32(images.data) == zlib.crc32(bytes(range(12)))
+def test_links_are_followed_without_circles(tmp_path):
+    root, store = tmp_path / "root", tmp_path / "store"
+    for path in (root / "a" / "x", store / "b" / "y"):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"1")
+    (root / "b").symlink_to(store / "b")
+    (root / "again").symlink_to(root)
+    (root / "a" / "up").symlink_to("..")
+    (root / "out").symlink_to(tmp_path)
+    (store / "b" / "home").symlink_to(root)
+    (store / "b" / "z").symlink_to(root / "a" / "x")
+    with open_files(root) as files:
+        assert files.names == ("a/x", "b/y", "b/z")
+        assert files.read("b/z") == b"1"
+    (root / "alias").symlink_to("a")
+    assert "alias and a are the same folder by a link" in refusal(root)
+    (root / "alias").unlink()
+    (root / "loop").symlink_to("loop")
+    assert "1 links lead nowhere, first loop" in refusal(root)
+
+
+def test_folders_that_cannot_be_listed_and_files_too_large(tmp_path, monkeypatch):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "a.png").write_bytes(b"12345")
+    monkeypatch.setattr(sources, "MAX_FILE", 4)
+    assert "c/a.png has 5 bytes, more than 4" in refusal(tmp_path)
+    scandir = os.scandir
+
+    def denied(path):
+        if Path(path).name == "c":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    assert "c cannot be listed (Permission denied)" in refusal(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    assert "neither a folder nor a file" in refusal(tmp_path / "pipe")
+
+
+def test_names_in_sentences():
+    assert shown("é [x].png") == "é [x].png"
+    assert shown("a\nb\x1b[31m") == r"a\nb\x1b[31m"
+    assert shown("\udce9") == r"\udce9"
+    assert len(shown("x" * 5000)) == 201

@@ -1,20 +1,36 @@
-"""Images decoded to arrays of bytes."""
+"""Images decoded to arrays of bytes, as a viewer shows them on a white page."""
 
 from __future__ import annotations
 
 import io
 import os
+import re
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION as PHOTOMETRIC
 
 from adaptax.tasks.sources import DataError, Files
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM")
+"""What is decoded, whatever a file is called: raster formats alone, none of which starts a process
+(for PostScript, Pillow would start Ghostscript)."""
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".gif", ".webp", ".tif",
+            ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm")  # fmt: skip
 """Names of image files end so, in either case."""
+
+UNREAD = (".ai", ".arw", ".avif", ".cr2", ".cr3", ".dcm", ".dds", ".dng", ".emf", ".eps", ".exr",
+          ".hdr", ".heic", ".heif", ".icns", ".ico", ".j2k", ".jp2", ".jxl", ".nef", ".orf",
+          ".pcx", ".ps", ".psd", ".qoi", ".raf", ".rw2", ".svg", ".svgz", ".tga", ".wmf",
+          ".xcf")  # fmt: skip
+"""Names of pictures of other formats, which are named in an error and not passed over."""
 
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -25,13 +41,20 @@ FILTERS = {
 """Resampling filters by name."""
 
 MODES = {1: "L", 3: "RGB"}
+
 MAX_PIXELS = 64 * 2**20
+MAX_SIDE = 2**17
+"""Pillow's filters take 48 bytes a pixel of a side: 3 GB for an image of 64 Mi x 1."""
 
 
 def is_image(name: str) -> bool:
-    """Whether a file name is that of an image; hidden files are not."""
-    base = name.rsplit("/", 1)[-1]
-    return base.lower().endswith(SUFFIXES) and not base.startswith(".")
+    """Whether a file name is that of an image that can be read."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def is_unread(name: str) -> bool:
+    """Whether a file name is that of an image of another format."""
+    return name.lower().endswith(UNREAD)
 
 
 def check_format(size: int, channels: int, resample: str) -> None:
@@ -53,29 +76,100 @@ def decode(
 ) -> UInt8[np.ndarray, "size size channels"]:
     """One image file as `(size, size, channels)` bytes; other aspects are squeezed to the square.
 
-    The image is converted to grey or RGB *before* it is resized: Pillow silently resizes 1-bit
-    and palette images by nearest neighbour whatever filter it is asked for.
+    The image is what a viewer shows: turned as its EXIF orientation says, what is transparent
+    white, the first frame if there are several. Greys of 16 bits are scaled from their full range,
+    0 to 65535; floating-point greys from [0, 1] where they are all inside, else from the least to
+    the greatest value of the image, and so are integers of 32 bits outside [0, 65535]. Colour
+    profiles and gamma are not applied.
+
+    It is converted to grey or RGB *before* it is resized: Pillow silently resizes 1-bit and
+    palette images by nearest neighbour whatever filter it is asked for.
 
     Raises:
-        DataError: if the file is not a readable image.
+        DataError: if the file is not a readable image, or too large.
     """
+    return _decode(data, where, size, channels, resample)[0]
+
+
+def _decode(
+    data: bytes, where: str, size: int, channels: int, resample: str
+) -> tuple[UInt8[np.ndarray, "size size channels"], bool]:
+    """The image, and whether the file has further frames."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
                 raise DataError(
-                    f"{where} has {image.width}x{image.height} pixels, more than {MAX_PIXELS}; "
-                    "shrink or remove it"
+                    f"{where} has {image.width} x {image.height} pixels, more than {MAX_PIXELS} "
+                    f"in all or {MAX_SIDE} a side; shrink or remove it"
                 )
-            pixels = image.convert(MODES[channels])
+            pixels = _shown(image, MODES[channels])
+            further = image.format in ("GIF", "PNG", "WEBP", "TIFF") and _is_animated(image)
     except DataError:
         raise
     except Exception as error:  # Pillow's decoders raise many types on broken data
         raise DataError(
-            f"{where} cannot be read as an image ({error}); replace or remove it"
+            f"{where} cannot be read as an image ({_reason(error, data)}); replace or remove it"
         ) from error
     if pixels.size != (size, size):
         pixels = pixels.resize((size, size), FILTERS[resample])
-    return np.asarray(pixels, dtype=np.uint8).reshape(size, size, channels)
+    return np.asarray(pixels, dtype=np.uint8).reshape(size, size, channels), further
+
+
+def _shown(image: Image.Image, mode: str) -> Image.Image:
+    """The pixels as grey or RGB."""
+    tiles = getattr(image, "tile", None)
+    raw = tiles[0][3] if tiles else None
+    image.load()
+    with suppress(Exception):  # viewers show an image whose EXIF data are broken as it lies
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _grey(image).convert(mode)
+    if not image.has_transparency_data:
+        return image.convert(mode)
+    # PNG's transparent colour is of the file's depth, and Pillow leaves it so.
+    transparent: Any = image.info.get("transparency")
+    if raw in ("L;2", "L;4"):
+        image.info["transparency"] = transparent * (85 if raw == "L;2" else 17)
+    elif raw == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert(mode)
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """Greys of more than 8 bits as 8 bits."""
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite(high - low):
+        raise ValueError("it holds NaN or infinity")
+    white = 1.0 if image.mode == "F" else 65535.0
+    if low >= 0 and high <= white:
+        low, high = 0.0, white
+    elif low == high:
+        low, high = (0.0, high) if high > 0 else (low, 0.0)
+    grey = np.rint((values - low) * (255 / (high - low))).astype(np.uint8)
+    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0:  # a TIFF file in which white is 0
+        grey = 255 - grey
+    if "transparency" in image.info:
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey)
+
+
+def _is_animated(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # a second frame that is broken: the first one has been read
+        return True
+
+
+def _reason(error: Exception, data: bytes) -> str:
+    """What is wrong with an image, in a few words."""
+    if isinstance(error, UnidentifiedImageError):
+        return f"not a file of {', '.join(FORMATS)}" if data else "the file is empty"
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"more than {MAX_PIXELS} pixels"
+    said = " ".join(re.sub(r"<_io\.[^>]*>", "the file", str(error)).split())
+    return said or type(error).__name__
 
 
 def decode_into(
@@ -84,17 +178,29 @@ def decode_into(
     names: Sequence[str],
     *,
     resample: str,
-) -> None:
-    """Decode the named files into the rows of `out`, on as many threads as there are cores."""
+) -> int:
+    """Decode the named files into the rows of `out`, on as many threads as there are cores.
+
+    Returns:
+        How many of them have several frames, of which the first was taken.
+
+    Raises:
+        DataError: naming the file that is not a readable image.
+    """
     _, size, _, channels = out.shape
 
-    def work(rows: range) -> None:
+    def work(rows: range) -> int:
+        several = 0
         for row in rows:
-            name, where = names[row], f"{files.where}: {names[row]}"
-            image = decode(files.read(name), where, size=size, channels=channels, resample=resample)
-            out[row] = image
+            name = names[row]
+            out[row], further = _decode(
+                files.read(name), files.named(name), size, channels, resample
+            )
+            several += further
+        return several
 
     chunks = [range(i, min(i + 128, len(names))) for i in range(0, len(names), 128)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done in [pool.submit(work, chunk) for chunk in chunks]:
-            done.result()
+    # Pillow's warnings are of files that every viewer shows.
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        return sum(pool.map(work, chunks))
