@@ -28,7 +28,7 @@ from .learner import Ensemble, Meta, MetaLearner
 from .mapping import meta_value_and_grad
 from .models import MLP
 from .task import Batch, Model, Task, TaskDistribution
-from .tasks import sinusoid
+from .tasks.sinusoid import sinusoid
 
 TASKS = 3
 """Tasks in the meta-batches of the checks."""

@@ -1,14 +1,15 @@
 import zipfile
+import zlib
 
 import numpy as np
 from PIL import Image
 
 
-def write_images(root, classes, each, mode="RGB", size=10):
-    """Noise images `root/class/i.png`."""
-    rng = np.random.default_rng(0)
+def write_images(root, classes, each, mode="RGB", size=10, seed=0):
+    """Noise images `root/class/i.png`, others in every folder of another name."""
+    rng = np.random.default_rng([seed, zlib.crc32(root.name.encode())])
     for name in classes:
-        (root / name).mkdir(parents=True)
+        (root / name).mkdir(parents=True, exist_ok=True)
         for i in range(each):
             shape = (size, size, 3) if mode == "RGB" else (size, size)
             noise = rng.integers(0, 256, shape, dtype=np.uint8)

@@ -1,3 +1,6 @@
+import warnings
+import zipfile
+
 import equinox as eqx
 import jax
 import numpy as np
@@ -7,6 +10,7 @@ from PIL import Image
 
 from adaptax.tasks import DataError, folder
 from adaptax.tasks.images import decode
+from adaptax.tasks.layout import split_named
 
 KEY = jax.random.key(0)
 draw = eqx.filter_jit(lambda tasks, key: tasks.sample(key))
@@ -19,7 +23,7 @@ def test_classes_are_directories_and_are_split_at_random(tmp_path):
     (tmp_path / "set" / "c0" / ".hidden.png").write_text("not an image")
     splits = folder(tmp_path / "set", **ASKED)
     assert [len(s.classes) for s in (splits.train, splits.val, splits.test)] == [6, 2, 2]
-    assert splits.train.describe()["ignored"] == 2
+    assert splits.train.describe()["ignored"] == 1
     assert splits.train.describe()["tasks"] == "set"
     task = draw(splits.train, KEY)
     assert task.query.x.shape == (4, 10, 10, 3)
@@ -47,7 +51,9 @@ def test_ready_made_splits_grey_and_nested(tmp_path):
 def test_grey_palette_and_transparent_images_are_converted(tmp_path):
     write_images(tmp_path, [f"c{i}" for i in range(10)], 3, mode="L", size=20)
     for i, mode in enumerate(["1", "P", "RGBA", "L", "LA"]):
-        Image.new(mode, (30, 15)).save(tmp_path / f"c{i}" / "0.png")
+        Image.fromarray(np.eye(20, 30, i, np.uint8) * 255).convert(mode).save(
+            tmp_path / f"c{i}" / "0.png"
+        )
     assert folder(tmp_path, **ASKED).train.bank.shape[1:] == (10, 10, 3)
 
 
@@ -109,3 +115,123 @@ def test_a_missing_split(tmp_path):
         write_images(tmp_path / split, [split + "a", split + "b"], 3)
     with pytest.raises(DataError, match="found the splits test, train; expected train, val and"):
         folder(tmp_path, **ASKED)
+
+
+def test_what_lies_beside_the_classes_is_passed_over_and_counted(tmp_path):
+    for seed, split in enumerate(("Training", "val_set", "meta-test")):
+        write_images(tmp_path / "wrap" / split, [f"{split}{i}" for i in range(3)], 3, seed=seed)
+    picture = (tmp_path / "wrap" / "Training" / "Training0" / "0.png").read_bytes()
+    for name in ("preview.png", "wrap/preview.jpg", "wrap/val_set/preview.png", "logo.svg"):
+        (tmp_path / name).write_bytes(picture)
+    splits = folder(tmp_path, **ASKED)
+    assert splits.train.classes == ("Training0", "Training1", "Training2")
+    assert splits.val.classes == ("val_set0", "val_set1", "val_set2")
+    assert splits.test.classes == ("meta-test0", "meta-test1", "meta-test2")
+    assert splits.train.describe()["ignored"] == 4
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["Train/a", "Train/b", "Test/c"], "found the splits test, train; expected train, val and"),
+        (["train/a", "train/b"], "found the splits train; expected train, val and test"),
+        (["train/a", "b", "c"], "found the splits train, beside 2 other folders, first b"),
+        (["novel/a", "base/b", "val/c", "more/d"], "beside 1 other folders, first more"),
+        (
+            ["train/a", "Training/b", "val/c", "test/d"],
+            "Training and train are both folders of the",
+        ),
+        (["train/a", "val", "test/d"], "val holds 3 images but no class folders; expected val/cla"),
+        (["a/train", "a/test", "b/train", "b/test"], "folders of splits inside of its classes"),
+        (["."], r"3 images lie in it directly, first 0.png; expected class/image.png or train/"),
+    ],
+)
+def test_splits_are_never_taken_for_classes(tmp_path, names, message):
+    write_images(tmp_path, names, 3)
+    with pytest.raises(DataError, match=message) as refused:
+        folder(tmp_path, **ASKED)
+    assert "\n" not in str(refused.value)
+
+
+def test_small_classes_are_listed_all_at_once_or_left_out_when_asked(tmp_path):
+    write_images(tmp_path / "set", [f"c{i}" for i in range(10)], 3)
+    for i, name in enumerate(("few", "fewer")):
+        write_images(tmp_path / "set", [name], 2 - i, seed=i + 1)
+    with pytest.raises(
+        DataError, match=r"2 classes have too few: .*; lower shot or query, or "
+    ) as e:
+        folder(tmp_path / "set", **ASKED)
+    for word in ("few (2)", "fewer (1)", "shot + query = 1 + 2", "min_images=3"):
+        assert word in str(e.value)
+    splits = folder(tmp_path / "set", **ASKED, min_images=3)
+    assert splits.test.describe()["left_out"] == ("few", "fewer")
+    assert sum(len(s.classes) for s in (splits.train, splits.val, splits.test)) == 10
+    with pytest.raises(DataError, match="class few of the"):
+        folder(tmp_path / "set", **ASKED, min_images=2)
+    with pytest.raises(DataError, match=r"all 12 classes have fewer than min_images=4"):
+        folder(tmp_path / "set", **ASKED, min_images=4)
+
+
+def test_a_picture_beside_class_folders_is_named(tmp_path):
+    write_images(tmp_path, [f"{a}/{b}" for a in "ab" for b in "12345"], 3)
+    write_images(tmp_path, ["a"], 1, seed=1)
+    with pytest.raises(DataError, match=r"a/0.png lies beside class folders; put it into one or"):
+        folder(tmp_path, **ASKED)
+    assert folder(tmp_path, **ASKED, min_images=3).train.describe()["left_out"] == ("a",)
+
+
+@pytest.mark.parametrize("suffix", ["svg", "HEIC", "eps", "psd"])
+def test_pictures_of_formats_that_are_not_read_are_named(tmp_path, suffix):
+    write_images(tmp_path, [f"c{i}" for i in range(10)], 3)
+    (tmp_path / "c3" / f"photo.{suffix}").write_bytes(b"<svg/>")
+    with pytest.raises(DataError, match=rf"1 pictures are of a format .* first c3/photo.{suffix}"):
+        folder(tmp_path, **ASKED)
+
+
+def test_several_frames_are_said(tmp_path):
+    write_images(tmp_path, [f"c{i}" for i in range(10)], 3)
+    frames = [Image.new("L", (10, 10), grey) for grey in (50, 150)]
+    frames[0].save(tmp_path / "c3" / "0.gif", save_all=True, append_images=frames[1:])
+    for _ in range(2):  # decoded, and from the cache
+        assert folder(tmp_path, **ASKED).train.describe()["first_frame_of"] == 1
+
+
+def test_a_picture_in_two_splits_is_reported(tmp_path):
+    for seed, split in enumerate(("train", "val", "test")):
+        write_images(tmp_path / split, [f"{split}{i}" for i in range(3)], 3, seed=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folder(tmp_path, **ASKED)
+    # Another encoding of the same pixels.
+    Image.open(tmp_path / "train" / "train1" / "2.png").save(tmp_path / "test" / "test0" / "x.bmp")
+    expected = (
+        "the same picture is in two splits of .*: 1 of test are in train, such as "
+        "train/train1/2.png and test/test0/x.bmp"
+    )
+    for budget in (2**30, 0):
+        with pytest.warns(UserWarning, match=expected):
+            folder(tmp_path, **ASKED, memory_budget=budget)
+
+
+def test_archives_keep_the_same_rules(tmp_path):
+    write_images(tmp_path / "set", [f"c{i}" for i in range(10)], 3)
+    zip_folder(tmp_path / "set", tmp_path / "set.zip")
+    with zipfile.ZipFile(tmp_path / "set.zip", "a") as out:
+        for name in ("__MACOSX/set/c0/._0.png", "set/.git/x.png", "set/preview.png", "top.png"):
+            out.writestr(name, b"junk")
+    made = folder(tmp_path / "set.zip", **ASKED).train
+    assert made.describe()["ignored"] == 2
+    assert np.array_equal(made.bank, folder(tmp_path / "set", **ASKED).train.bank)
+
+
+@pytest.mark.parametrize(
+    ("split", "names"),
+    {
+        "train": ["train", "TRAIN", "Training", "base", "meta-train", "meta_train", "Train Images"],
+        "val": ["val", "Valid", "validation", "dev", "metaval", "val_set", "Meta-Validation"],
+        "test": ["test", "testing", "Novel", "meta.test", "test-data"],
+        None: ["trains", "1train", "cat", "tester", "set", "images", "data", "retest", "validity"],
+    }.items(),
+)
+def test_names_of_splits(split, names):
+    assert [split_named(name) for name in names] == [split] * len(names)

@@ -63,6 +63,43 @@ def test_errors(small, tmp_path):
         mini_imagenet(**ASKED, data_root=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"filename,label\n0.png,n0\n1.png\n", r"train.csv, line 3: no label; expected"),
+        (b"filename,label\n,n0\n", r"train.csv, line 2: no filename"),
+        (b"filename,label\ncaf\xe9.png,n0\n", r"train.csv is no table of images \(.*utf-8"),
+        (b"filename,label\n" + b"x" * 140_000 + b",n0\n", r"train.csv is no table .*field limit"),
+        (b"filename,label\n0.png,n0\n1.png,n0\n0.png,n0\n", "lists 0.png more than once"),
+        (b"filename,label\n12.png,n0\n", "lists 12.png more than once; .* in one split"),
+        (b"", "train.csv has no rows of filename,label"),
+    ],
+)
+def test_tables_that_are_refused(small, text, message):
+    (small / "train.csv").write_bytes(text)
+    with pytest.raises(DataError, match=message) as refused:
+        mini_imagenet(**ASKED, data_root=small)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_mark_of_the_byte_order_is_none_of_a_table(small):
+    path = small / "train.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert mini_imagenet(**ASKED, data_root=small).train.classes == ("n0", "n1", "n2")
+
+
+def test_a_listed_name_that_is_there_twice(small):
+    write_images(small / "images", ["more"], 1, seed=1)
+    with pytest.raises(DataError, match=r"lists 0.png, which is there twice: .*images: 0.png and"):
+        mini_imagenet(**ASKED, data_root=small)
+
+
+def test_a_picture_in_two_splits_is_reported(small):
+    (small / "images" / "12.png").write_bytes((small / "images" / "3.png").read_bytes())
+    with pytest.warns(UserWarning, match=r"1 of val are in train, such as 3.png and 12.png"):
+        mini_imagenet(**ASKED, data_root=small)
+
+
 def test_real_mini_imagenet(real_data, tmp_path):
     # The first 6 images of every class: decoding all takes half a minute.
     real = real_data / "mini_imagenet"

@@ -12,13 +12,17 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from adaptax.task import Splits, TaskDistribution
+from adaptax.tasks.content import Checksums, row_checksums, warn_of_shared
 from adaptax.tasks.episodes import Design, Details, Episodes, HostRows, Rotations, StreamedEpisodes
-from adaptax.tasks.sources import DataError
+from adaptax.tasks.sources import DataError, shown
 
 MEMORY_BUDGET = 4 * 2**30
 """Data sets beyond this many bytes stay on the host."""
 
 NAMES = ("train", "val", "test")
+
+MOST_LISTED = 100
+"""Classes that an error lists."""
 
 Classes = Mapping[str, Int[np.ndarray, " rows"]]
 """Rows of every class, by the name of the class."""
@@ -73,6 +77,9 @@ def make_splits(
     details: Details = (),
     memory_budget: int = MEMORY_BUDGET,
     shared: Sequence[tuple[str, str]] = (),
+    checksums: Checksums | None = None,
+    names: Sequence[str] | None = None,
+    leave_out: str = "leave such classes out",
 ) -> Splits:
     """Distributions of episodes over classes of one array.
 
@@ -84,20 +91,33 @@ def make_splits(
         details: what else a report says of it.
         memory_budget: in bytes; a larger data set is streamed from the host.
         shared: pairs of splits that have classes in common on purpose.
+        checksums: of the examples, if they are known; else they are computed, for pictures that
+            do not exceed the budget.
+        names: of the examples.
+        leave_out: what to do with classes that are too small, for the error.
 
     Raises:
-        DataError: if a split is missing, splits share classes, a class is too small, there are
+        DataError: if a split is missing, splits share classes, classes are too small, there are
             fewer classes than ways, or rotations are asked of examples that cannot be turned.
+
+    Warns:
+        UserWarning: if a picture is in two splits.
     """
     if set(splits) != set(NAMES):
         raise DataError(
             f"found the splits {', '.join(sorted(splits)) or 'none'}; expected train, val and test"
         )
     check_disjoint(splits, shared)
+    _check_sizes(splits, design, leave_out)
     for split, classes in splits.items():
         _check(array, split, classes, design[split])
     rows = sum(len(r) for classes in splits.values() for r in classes.values())
     streamed = rows * array[:1].nbytes > memory_budget
+    if checksums is None and array.ndim > 2 and not streamed:
+        checksums = row_checksums(array)
+    if checksums is not None:
+        held = {split: np.concatenate(list(splits[split].values())) for split in NAMES}
+        warn_of_shared(array, checksums, held, name=name, names=names, shared=shared)
     made: dict[str, TaskDistribution] = {}
     for split, classes in splits.items():
         index = np.concatenate(list(classes.values()))
@@ -161,14 +181,31 @@ def split_by_fraction(
     return {split: sorted(shuffled[a:b]) for split, a, b in zip(NAMES, ends, ends[1:])}
 
 
+def _check_sizes(
+    splits: Mapping[str, Classes], design: Mapping[str, Design], leave_out: str
+) -> None:
+    small = [
+        (split, name, len(rows))
+        for split, classes in splits.items()
+        for name, rows in classes.items()
+        if len(rows) < design[split].shot + design[split].query
+    ]
+    if not small:
+        return
+    split, name, count = small[0]
+    how = design[split]
+    listed = ", ".join(f"{shown(name)} ({count})" for _, name, count in small[:MOST_LISTED])
+    more = len(small) - MOST_LISTED
+    raise DataError(
+        f"class {shown(name)} of the {split} split has {count} examples, but shot + query = "
+        f"{how.shot} + {how.query} were asked; "
+        + (f"{len(small)} classes have too few: {listed}; " if len(small) > 1 else "")
+        + (f"and {more} more; " if more > 0 else "")
+        + f"lower shot or query, or {leave_out}"
+    )
+
+
 def _check(array: np.ndarray, split: str, classes: Classes, design: Design) -> None:
-    need = design.shot + design.query
-    for name, rows in classes.items():
-        if len(rows) < need:
-            raise DataError(
-                f"class {name} of the {split} split has {len(rows)} examples, but shot + query = "
-                f"{design.shot} + {design.query} were asked; lower them or leave the class out"
-            )
     times = 4 if design.rotations == "classes" else 1
     if design.way > times * len(classes):
         raise DataError(

@@ -6,19 +6,20 @@ import difflib
 import math
 import os
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool
 
 from adaptax.task import Splits, TaskDistribution
 from adaptax.tasks import attributes as attribute_tasks
-from adaptax.tasks import bank, images, sources
+from adaptax.tasks import bank, content, images, sources
 from adaptax.tasks.attributes import AttributeTasks, StreamedAttributeTasks
 from adaptax.tasks.bank import MEMORY_BUDGET
-from adaptax.tasks.cache import cached
+from adaptax.tasks.cache import Cached, cached
 from adaptax.tasks.episodes import HostRows
 from adaptax.tasks.sources import DataError
 
@@ -74,10 +75,15 @@ def celeba(
         FileNotFoundError: if the images or the list are nowhere.
         DataError: if files are broken, attributes are unknown or shared between splits, or no
             conjunction has enough images.
+
+    Warns:
+        UserWarning: if a picture is in two splits.
     """
     designs = bank.designs(2, shot, query, train_shot, train_query)
     images.check_format(image_size, 3, resample)
-    array, has, names = load(sources.data_root(data_root), image_size, resample)
+    (array, checksums, _), has, names, files = load(
+        sources.data_root(data_root), image_size, resample
+    )
     chosen = _chosen(attributes, names, seed)
     if len(image_splits) != 3 or min(image_splits) < 0 or sum(image_splits) > 1 + 1e-6:
         raise DataError(
@@ -85,6 +91,8 @@ def celeba(
             "val and test, three numbers that sum to at most 1"
         )
     ends = [round(sum(image_splits[:i]) * len(array)) for i in range(4)]
+    index = {split: np.arange(*of) for split, of in zip(bank.NAMES, pairwise(ends))}
+    content.warn_of_shared(array, checksums, index, name="celeba", names=files)
     streamed = ends[-1] * array[:1].nbytes > memory_budget
     made: dict[str, TaskDistribution] = {}
     for split, first, last in zip(bank.NAMES, ends, ends[1:]):
@@ -120,12 +128,8 @@ def celeba(
 
 def load(
     root: Path, image_size: int = 84, resample: str = "lanczos"
-) -> tuple[
-    UInt8[np.ndarray, "images side side channels"],
-    Bool[np.ndarray, "images attributes"],
-    list[str],
-]:
-    """All listed faces as bytes, whether they have each attribute, and the attributes' names.
+) -> tuple[Cached, Bool[np.ndarray, "images attributes"], list[str], list[str]]:
+    """All listed faces, whether they have each attribute, the attributes' names and the files'.
 
     Raises:
         FileNotFoundError: if the images or the list are nowhere.
@@ -134,21 +138,14 @@ def load(
     where, table = _find(root)
     wanted, has, names = read_attributes(table)
     with sources.open_files(where) as files:
-        by_base = {name.rsplit("/", 1)[-1]: name for name in files.names}
-        missing = [name for name in wanted if name not in by_base]
-        if missing:
-            raise DataError(
-                f"{where} lacks {len(missing)} of the {len(wanted)} images listed in {table.name}, "
-                f"first {missing[0]}; complete it or shorten the list"
-            )
-        found = [by_base[name] for name in wanted]
-        array = cached(
+        found = sources.find(files, wanted, table)
+        made = cached(
             "celeba",
             [files.fingerprint, found, resample],
             (len(found), image_size, image_size, 3),
             lambda out: images.decode_into(out, files, found, resample=resample),
         )
-    return array, has, names
+    return made, has, names, found
 
 
 def read_attributes(

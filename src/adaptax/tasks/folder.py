@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import posixpath
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,8 @@ from adaptax.tasks import bank, images, sources
 from adaptax.tasks.bank import MEMORY_BUDGET
 from adaptax.tasks.cache import cached
 from adaptax.tasks.episodes import Rotations
-from adaptax.tasks.sources import DataError
+from adaptax.tasks.layout import Classes, arrange
+from adaptax.tasks.sources import DataError, shown
 
 
 def folder(
@@ -31,14 +34,20 @@ def folder(
     rotations: tuple[Rotations, Rotations] = ("none", "none"),
     invert: bool = False,
     resample: str = "lanczos",
+    min_images: int | None = None,
     memory_budget: int = MEMORY_BUDGET,
 ) -> Splits:
     """Episodes of the images in a folder, x `(n, image_size, image_size, channels)` in [0, 1].
 
     Two layouts: `class/image.png`, whose classes are split at random, and
-    `train/class/image.png` with `val` and `test` beside it. A class is the directory that holds
-    the image, named by its whole path, so `alphabet/letter/image.png` works too. Other files are
-    passed over and counted in `describe()["ignored"]`.
+    `train/class/image.png` with `val` and `test` beside it, called by any of their usual names
+    (`layout.SPLITS`). A class is the directory that holds the image, named by its whole path, so
+    `alphabet/letter/image.png` works too.
+
+    The folder is what its owner sees in a file manager: what is hidden is none of it, links are
+    followed. Other files, and images beside the class folders, are passed over and counted in
+    `describe()["ignored"]`. Of images see `images.decode`; how many have several frames, of which
+    the first is taken, is in `describe()["first_frame_of"]`.
 
     Args:
         path: the folder or zip archive; one directory that wraps all others is looked through.
@@ -54,52 +63,93 @@ def folder(
         rotations: in meta-training, and in validation and test.
         invert: turn bytes b into 255 − b, for dark ink on light paper.
         resample: nearest, bilinear, bicubic or lanczos.
+        min_images: leave out classes with fewer images than this, before the split, and list them
+            in `describe()["left_out"]`; `None` to refuse classes with too few for an episode.
         memory_budget: in bytes; a larger data set is streamed from the host.
 
     Raises:
         FileNotFoundError: if there is no such path.
-        DataError: if an image cannot be read or there are too few classes or images.
+        DataError: if an image cannot be read, there are too few classes or images, links lead
+            nowhere, or folders of splits are incomplete or mixed with classes.
+
+    Warns:
+        UserWarning: if an image is in two splits.
     """
     design = bank.designs(way, shot, query, train_shot, train_query, rotations, invert=invert)
     images.check_format(image_size, channels, resample)
+    need = [d.shot + d.query for d in design.values()]
     where = Path(path).expanduser()
     with sources.open_files(where) as files:
-        names = [name for name in files.names if images.is_image(name)]
-        if not names:
+        names = [n for n in files.names if images.is_image(n) or images.is_unread(n)]
+        if not any(map(images.is_image, names)):
             raise DataError(
-                f"{where} holds no images ({len(files.names)} other files); expected "
+                f"{shown(where)} holds no images ({len(files.names)} other files); expected "
                 "class/image.png or train/class/image.png"
             )
-        shape = (len(names), image_size, image_size, channels)
-        array = cached(
+        parts, stray = arrange(names, shown(where))
+        ignored = len(files.names) - len(names) + len(stray)
+        left_out = _leave_out(parts, min_images)
+        used = [name for classes in parts.values() for of in classes.values() for name in of]
+        unread = list(filter(images.is_unread, used))
+        if unread:
+            raise DataError(
+                f"{shown(where)}: {len(unread)} pictures are of a format that is not read, first "
+                f"{shown(unread[0])}; convert them to PNG or JPEG, or remove them"
+            )
+        if min_images is None:
+            _check_beside(parts, min(need), shown(where))
+        array, checksums, several = cached(
             "folder",
-            [files.fingerprint, resample],
-            shape,
-            lambda out: images.decode_into(out, files, names, resample=resample),
+            [files.fingerprint, resample, min_images],
+            (len(used), image_size, image_size, channels),
+            lambda out: images.decode_into(out, files, used, resample=resample),
         )
-    wrapped = os.path.commonpath([os.path.dirname(name) for name in names])
-    rows: dict[str, list[int]] = {}
-    for row, name in enumerate(names):
-        rows.setdefault(os.path.relpath(os.path.dirname(name), wrapped or "."), []).append(row)
-    classes = {name: np.array(of) for name, of in rows.items()}
-    tops = {name.split("/")[0] for name in classes}
-    details: tuple[tuple[str, object], ...] = (
-        ("image_size", image_size),
-        ("ignored", len(files.names) - len(names)),
-    )
-    if tops & {"train", "test"}:
-        parts = {
-            split: {
-                n.removeprefix(split + "/"): r
-                for n, r in classes.items()
-                if n.startswith(split + "/")
-            }
-            for split in sorted(tops)
-        }
-    else:
+    place = {name: row for row, name in enumerate(used)}
+    rows = {
+        split: {name: np.array([place[n] for n in of]) for name, of in classes.items()}
+        for split, classes in parts.items()
+    }
+    details: tuple[tuple[str, object], ...] = (("image_size", image_size), ("ignored", ignored))
+    if several:
+        details += (("first_frame_of", several),)
+    if min_images is not None:
+        details += (("min_images", min_images), ("left_out", left_out))
+    if "" in rows:
+        classes = rows[""]
         cut = bank.split_by_fraction(list(classes), splits, seed)
-        parts = {split: {n: classes[n] for n in part} for split, part in cut.items()}
+        rows = {split: {n: classes[n] for n in part} for split, part in cut.items()}
         details += (("splits", tuple(splits)), ("split_seed", seed))
     return bank.make_splits(
-        array, parts, design, name=where.stem, details=details, memory_budget=memory_budget
+        array,
+        rows,
+        design,
+        name=where.stem,
+        details=details,
+        memory_budget=memory_budget,
+        checksums=checksums,
+        names=used,
+        leave_out=f"leave such classes out by min_images={max(need)}",
     )
+
+
+def _leave_out(parts: dict[str, Classes], least: int | None) -> tuple[str, ...]:
+    """Drop the classes with fewer images; their names."""
+    small = [(split, name) for split, classes in parts.items() for name, of in classes.items()
+             if len(of) < (least or 0)]  # fmt: skip
+    if len(small) == sum(map(len, parts.values())):
+        raise DataError(f"all {len(small)} classes have fewer than min_images={least} images")
+    for split, name in small:
+        del parts[split][name]
+    return tuple(f"{split}/{name}".removeprefix("/") for split, name in small)
+
+
+def _check_beside(parts: dict[str, Classes], need: int, where: str) -> None:
+    """Refuse a few images beside class folders: not a class, as they would be anywhere else."""
+    for classes in parts.values():
+        above = {f for name in classes for f in accumulate(name.split("/")[:-1], posixpath.join)}
+        for name in sorted(above & set(classes)):
+            if len(classes[name]) < need:
+                raise DataError(
+                    f"{where}: {shown(classes[name][0])} lies beside class folders; put it into "
+                    "one or remove it"
+                )

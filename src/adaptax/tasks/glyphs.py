@@ -89,15 +89,16 @@ def load() -> tuple[np.ndarray, dict[str, dict[str, np.ndarray]]]:
     drawn = list(_drawn(faces))
     key = [hashlib.sha256(p.read_bytes()).hexdigest() for p in faces]
 
-    def fill(out: np.ndarray) -> None:
+    def fill(out: np.ndarray) -> int:
         for f, face in enumerate(faces):
             font = ImageFont.truetype(str(face), FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
             for row, (_, character, of) in enumerate(drawn):
                 if of == f:
                     out[row, :, :, 0] = _render(font, character)
+        return 0
 
     key += [str(features.version("freetype2")), f"{SIZE} {FONT_SIZE} {BASELINE}"]
-    array = cached("glyphs", [key, drawn], (len(drawn), SIZE, SIZE, 1), fill)
+    array = cached("glyphs", [key, drawn], (len(drawn), SIZE, SIZE, 1), fill).images
     return array, _distinct_classes(array, drawn)
 
 

@@ -13,7 +13,7 @@ from adaptax.task import Splits
 from adaptax.tasks import bank, images, sources
 from adaptax.tasks.bank import MEMORY_BUDGET
 from adaptax.tasks.cache import cached
-from adaptax.tasks.sources import DataError
+from adaptax.tasks.sources import DataError, shown
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -54,29 +54,16 @@ def mini_imagenet(
 
     Raises:
         FileNotFoundError: if the images or the csv files are nowhere.
-        DataError: if files are broken or the counts do not fit.
+        DataError: if files are broken, an image is listed twice, or the counts do not fit.
+
+    Warns:
+        UserWarning: if a picture is in two splits.
     """
     stats: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if normalise else {}
     design = bank.designs(way, shot, query, train_shot, train_query, **stats)
     images.check_format(image_size, 3, resample)
     where, table = _find(sources.data_root(data_root))
     listed = {split: read_csv(table / f"{split}.csv") for split in bank.NAMES}
-    with sources.open_files(where) as files:
-        by_base = {name.rsplit("/", 1)[-1]: name for name in files.names}
-        wanted = [name for rows in listed.values() for name, _ in rows]
-        missing = [name for name in wanted if name not in by_base]
-        if missing:
-            raise DataError(
-                f"{where} lacks {len(missing)} of the {len(wanted)} images listed beside it, "
-                f"first {missing[0]}; complete it or shorten the csv files"
-            )
-        names = [by_base[name] for name in wanted]
-        array = cached(
-            "mini_imagenet",
-            [files.fingerprint, names, resample],
-            (len(names), image_size, image_size, 3),
-            lambda out: images.decode_into(out, files, names, resample=resample),
-        )
     splits: dict[str, dict[str, np.ndarray]] = {}
     first = 0
     for split, rows in listed.items():
@@ -85,6 +72,15 @@ def mini_imagenet(
             classes.setdefault(label, []).append(row)
         splits[split] = {label: np.array(of) for label, of in sorted(classes.items())}
         first += len(rows)
+    bank.check_disjoint(splits)
+    with sources.open_files(where) as files:
+        names = sources.find(files, [n for rows in listed.values() for n, _ in rows], table)
+        array, checksums, _ = cached(
+            "mini_imagenet",
+            [files.fingerprint, names, resample],
+            (len(names), image_size, image_size, 3),
+            lambda out: images.decode_into(out, files, names, resample=resample),
+        )
     return bank.make_splits(
         array,
         splits,
@@ -96,6 +92,8 @@ def mini_imagenet(
             ("normalise", normalise),
         ),
         memory_budget=memory_budget,
+        checksums=checksums,
+        names=names,
     )
 
 
@@ -103,14 +101,32 @@ def read_csv(path: Path) -> list[tuple[str, str]]:
     """File names and labels of a split.
 
     Raises:
-        DataError: if the columns `filename` and `label` are not there.
+        DataError: if the file is not UTF-8 or no table with the columns `filename` and `label`, or
+            a row lacks one of them.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader) if {"filename", "label"} <= set(reader.fieldnames or ()) else []
-    if not rows:
-        raise DataError(f"{path} has no rows of filename,label; expected Ravi & Larochelle's file")
-    return [(row["filename"], row["label"]) for row in rows]
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            listed = [(row.get("filename"), row.get("label"), reader.line_num) for row in reader]
+            named = {"filename", "label"} <= set(reader.fieldnames or ())
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(
+            f"{shown(path)} is no table of images ({error}); expected lines of filename,label in "
+            "UTF-8"
+        ) from error
+    if not listed or not named:
+        raise DataError(
+            f"{shown(path)} has no rows of filename,label; expected Ravi & Larochelle's file"
+        )
+    rows = []
+    for name, label, line in listed:
+        if not name or not label:
+            raise DataError(
+                f"{shown(path)}, line {line}: no {'label' if name else 'filename'}; expected "
+                "filename,label in every line"
+            )
+        rows.append((name, label))
+    return rows
 
 
 def _find(root: Path) -> tuple[Path, Path]:

@@ -13,7 +13,7 @@ import pooch
 from adaptax.task import Splits
 from adaptax.tasks import bank, images, sources
 from adaptax.tasks.bank import MEMORY_BUDGET
-from adaptax.tasks.cache import cached
+from adaptax.tasks.cache import Cached, cached
 from adaptax.tasks.episodes import Rotations
 
 URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/"
@@ -86,13 +86,15 @@ def omniglot(
     )
     resample = resample or ("nearest" if protocol == "reptile" else "lanczos")
     images.check_format(image_size, 1, resample)
-    array, characters = load(sources.data_root(data_root), image_size, resample)
+    (array, checksums, _), characters, names = load(
+        sources.data_root(data_root), image_size, resample
+    )
     splits = _split(sorted(characters), SIZES[protocol], seed)
     if protocol == "reptile":
         splits["val"] = splits["train"]
     return bank.make_splits(
         array,
-        {split: {name: characters[name] for name in names} for split, names in splits.items()},
+        {split: {name: characters[name] for name in of} for split, of in splits.items()},
         design,
         name="omniglot",
         details=(
@@ -103,13 +105,15 @@ def omniglot(
         ),
         memory_budget=memory_budget,
         shared=[("train", "val")] if protocol == "reptile" else (),
+        checksums=checksums,
+        names=names,
     )
 
 
 def load(
     root: Path, image_size: int = 28, resample: str = "lanczos"
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """All drawings, `(32460, image_size, image_size, 1)` bytes, and the rows of every character.
+) -> tuple[Cached, dict[str, np.ndarray], list[str]]:
+    """All drawings, `(32460, image_size, image_size, 1)` bytes, rows of every character, and names.
 
     Bytes are as in the files: paper is 255, ink is 0. Characters are named
     `"Alphabet/characterNN"`.
@@ -135,16 +139,19 @@ def load(
                     "<Alphabet>/characterNN/NNNN_DD.png inside; fetch it again"
                 )
 
-        def fill(out: np.ndarray) -> None:
-            first = 0
+        def fill(out: np.ndarray) -> int:
+            first = several = 0
             for files in parts:
                 names = [name for of, name, _ in drawings if of is files]
-                images.decode_into(out[first : first + len(names)], files, names, resample=resample)
+                rows = out[first : first + len(names)]
+                several += images.decode_into(rows, files, names, resample=resample)
                 first += len(names)
+            return several
 
         key = [*(files.fingerprint for files in parts), resample]
-        array = cached("omniglot", key, (len(drawings), image_size, image_size, 1), fill)
-    return array, {name: np.array(rows) for name, rows in characters.items()}
+        made = cached("omniglot", key, (len(drawings), image_size, image_size, 1), fill)
+    rows = {name: np.array(of) for name, of in characters.items()}
+    return made, rows, [name for _, name, _ in drawings]
 
 
 def _find(root: Path, part: str) -> Path:
