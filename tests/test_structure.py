@@ -20,6 +20,7 @@ FLOORS = [
     {"learner"},
     {"algorithms", "tasks", "models", "bridge"},
     {"mapping", "feed", "run"},
+    {"scoring"},
     {"evaluate"},
     {"train", "testing", "rl"},
     {"pretrain"},
@@ -80,14 +81,23 @@ def test_public_names_are_documented(name):
 
 
 def test_nothing_executes_data():
-    """No pickle, no eval, no exec anywhere in the package."""
+    """No eval, no exec and no pickle anywhere in the package but for one restricted reader.
+
+    LEO's authors released their embeddings as pickles. `embedding_archive` reads them with an
+    unpickler that knows no module, after it has checked what they build.
+    """
+    reader = SOURCE / "tasks" / "embedding_archive.py"
     for path in FILES:
+        forbidden = {"pickle", "dill", "shelve", "marshal"}
+        forbidden -= {"pickle"} if path == reader else set()
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [getattr(node, "module", None), *(a.name for a in node.names)]
-                assert not {"pickle", "dill", "shelve", "marshal"} & set(names), path
+                assert not forbidden & set(names), path
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id not in {"eval", "exec"}, path
+            if isinstance(node, ast.Attribute) and path == reader:
+                assert node.attr not in {"loads", "_Unpickler"}, path
             if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
                 assert isinstance(node.value, ast.Constant), path
                 assert node.value.value is False, path

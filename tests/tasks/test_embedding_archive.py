@@ -5,6 +5,7 @@ import os
 import pickle
 import struct
 import sys
+import time
 import zipfile
 
 import numpy as np
@@ -53,7 +54,8 @@ def test_reads_what_pickle_writes(protocol):
     assert found["text"] == value["text"]
     for name, expected in value[5].items():
         np.testing.assert_array_equal(found[5][name], expected)
-        assert np.asarray(found[5][name]).dtype == np.asarray(expected).dtype, name
+        kind = np.asarray(expected).dtype.newbyteorder("=")
+        assert np.asarray(found[5][name]).dtype == kind, name
 
 
 def test_reads_what_python_2_writes():
@@ -157,8 +159,6 @@ def test_arrays_that_lie_are_broken_files():
         array_pickle(dtype=b"S0"),
         array_pickle(dtype=b"O"),
         array_pickle(kind=b"cnumpy\ndtype\n"),
-        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R.",
-        b"cnumpy\ndtype\n.",
         b"", b".", b"\x80\x02", b"]", b"]]e.", b"h\x05.", b"Ix\n.", b"U\xffab.", b"S'a\n.",
         b"K\x01K\x02.", b"(K\x01d.", b"}(]K\x01u.", b"T\xff\xff\xff\xffab.",
         b"}K\x01K\x01h\x00" + bomb + b"K\x01s.",
@@ -168,16 +168,69 @@ def test_arrays_that_lie_are_broken_files():
             read_pickle(data, "here")
 
 
-def test_sharing_does_not_multiply():
-    """A tuple of itself twice, forty times over: 2^40 leaves, gone through once each."""
-    twice = b"K\x01q\x00" + b"".join(
-        b"0h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(40)
-    )
-    found = read_pickle(b"\x80\x02" + twice + b".", "here")
+def endless(steps):
+    """A tuple of itself twice, and again: 2^steps leaves in a few bytes a step."""
+    return b"K\x01" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(steps))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        # Time, memory or text that double with every step.
+        b"\x80\x02" + endless(40) + b".",
+        b"\x80\x02}" + endless(40) + b"K\x01s.",
+        b"\x80\x02}U\x0aembeddings" + endless(18) + b"s.",
+        b"\x80\x02](" + endless(40) + b"e.",
+        b"\x80\x02cnumpy\ndtype\n" + endless(40) + b"\x85R.",
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n" + endless(30) + b"\x85R.",
+        # Tuples too deep for the stack of C.
+        b"\x80\x02}K\x01" + b"\x85" * 10**6 + b"K\x01s.",
+        b"(" * 5000 + b"t" * 5000 + b".",
+        # A place of the memory that does not follow, for which all places before it are made.
+        b"\x80\x02K\x01r\xff\xff\xff\x7f.",
+        b"K\x01p99999999999\n.",
+        # Lengths beyond the file, numbers beyond sense.
+        b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7fabc.",
+        b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7fK\x01.",
+        b"L" + b"9" * 10**6 + b"L\n.",
+        b"c" + b"o" * 10**6 + b"\nsystem\n.",
+        # Keys of a dict whose hashes agree: quadratic time.
+        b"\x80\x02}(" + b"".join(
+            b"\x8a\x0a" + (i * (2**61 - 1)).to_bytes(10, "little") + b"N" for i in range(20_000)
+        ) + b"u.",
+        b"(" + b"]" * 10**5,
+        # Broken stacks.
+        b"\x80\x02(K\x01\x86.", b"0.", b"e.", b"t.", b"R.", b"b.", b"K\x01a.", b"(((.", b"h\x00.",
+    ],
+    ids=lambda data: f"{len(data)} bytes",
+)  # fmt: skip
+def test_what_small_files_ask_too_much_for(data):
+    began = time.perf_counter()
+    with pytest.raises(DataError, match=r"here is (truncated or no|refused)") as caught:
+        read_pickle(data, "here")
+    assert len(str(caught.value)) < 400
+    assert time.perf_counter() - began < 20
+
+
+def test_lists_that_hold_themselves_are_not_gone_through(tmp_path):
+    inner = [1.0]
     for _ in range(40):
-        assert found[0] is found[1]
-        found = found[0]
-    assert found == 1
+        inner = [inner, inner]
+    for name in ("embeddings", "labels", "keys"):
+        held = {**content(), name: [inner] * 12}
+        with pytest.raises(DataError, match=f"{name} are .*list") as caught:
+            read_archive(write(tmp_path, train=held))
+        assert len(str(caught.value)) < 400
+
+
+def test_a_large_file_is_read_in_seconds():
+    """As many keys as tieredImageNet has classes' images, in proportion."""
+    held = {**content(classes=400, each=50, width=64)}
+    held["keys"] = [key.decode() for key in held["keys"].tolist()]
+    began = time.perf_counter()
+    found = read_pickle(pickle.dumps(held, 2), "here")
+    assert time.perf_counter() - began < 20
+    assert len(found["keys"]) == 20_000
 
 
 def test_every_truncation_is_told():
@@ -185,6 +238,23 @@ def test_every_truncation_is_told():
     for end in range(0, len(data), 7):
         with pytest.raises(DataError, match="here is truncated"):
             read_pickle(data[:end], "here")
+
+
+@pytest.mark.parametrize("name", ["embeddings", "labels", "keys"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R",  # no state
+        b"cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R",
+        b"](cnumpy\ndtype\ncnumpy\ndtype\ne",
+    ],
+)
+def test_parts_of_arrays_are_no_data(value, name, tmp_path):
+    held = content()
+    del held[name]
+    data = pickle.dumps(held, 2)[:-1] + b"U" + bytes([len(name)]) + name.encode() + value + b"s."
+    with pytest.raises(DataError, match=r"train_embeddings\.pkl"):
+        read_archive(write(tmp_path, train=data))
 
 
 @pytest.mark.parametrize("zipped", [False, True])

@@ -1,22 +1,25 @@
 """The embeddings that LEO's authors released: zip archives of Python 2 pickles, read as data.
 
-A pickle is a program for a stack machine, which may call any function of any module. Here that
-machine is written anew without that power: it builds numbers, strings, lists, tuples, dicts and
-arrays, and knows by name the four things that arrays are pickled with. No module is looked up, no
-function of the file's choosing called, and NumPy's own unpickling is not used either.
+A pickle is a program for a stack machine. It may call any function of any module, and a few bytes
+may ask for endless time and memory. So it is read through before anything of it runs: it may use
+only the instructions that numbers, strings, lists, dicts, tuples and arrays are written with, and
+`_check` bounds what they build. Then Python's own `Unpickler` runs it, and the names that arrays
+are pickled with stand for functions of this file. No module is looked up, and NumPy's unpickling is
+reached only by a state that was checked.
 """
 
 from __future__ import annotations
 
-import codecs
+import io
 import math
 import os
+import pickle
+import pickletools
 import re
-import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +29,11 @@ from adaptax.tasks.sources import DataError
 
 MAX_BYTES = 4 * 2**30
 """Largest pickle that is read; the largest of the released ones has 1.2 GB."""
+
+MAX_INSTRUCTIONS = 2 * 10**7
+MAX_DEPTH = 16
+MAX_KEYS = 1000
+"""Most instructions, tuples within tuples, and entries of dicts of a pickle."""
 
 VIEWS = ("miniImageNet/center", "miniImageNet/multiview", "tieredImageNet/center")
 """Folders of the released archive."""
@@ -68,40 +76,54 @@ def read_archive(
 
 
 def read_pickle(data: bytes, where: str) -> Any:
-    """What a pickle of plain data and arrays holds, by reading it: nothing in it can be run.
+    """What a pickle of plain data and arrays holds: nothing else in it is run.
+
+    Text of Python 2 is bytes, but for the keys of the outermost dict.
 
     Args:
         data: the pickle, of protocol 0 to 4.
         where: what errors call it.
 
     Raises:
-        DataError: if it is truncated or broken, or asks for anything but data and arrays.
+        DataError: if it is truncated or broken, asks for anything but data and arrays, or for more
+            than a file of embeddings needs.
     """
     try:
-        return _Machine(data, where).run()
-    except DataError:
-        raise
-    except (IndexError, KeyError, TypeError, ValueError, AttributeError, struct.error,
+        _check(data)
+        value = _Reader(io.BytesIO(data), encoding="bytes").load()
+    except _Refused as error:
+        raise DataError(
+            f"{where} is refused: it asks for {error}, and a file of embeddings needs arrays and "
+            "strings alone; get a clean copy"
+        ) from None
+    except (pickle.UnpicklingError, LookupError, TypeError, ValueError, AttributeError, EOFError,
             OverflowError, MemoryError, RecursionError) as error:  # fmt: skip
         raise DataError(
-            f"{where} is truncated or no pickle of arrays ({type(error).__name__}: {error}); fetch "
-            "it again"
+            f"{where} is truncated or no pickle of arrays ({type(error).__name__}: "
+            f"{_short(error)}); fetch it again"
         ) from None
+    if isinstance(value, dict):
+        value = {key.decode("latin1") if isinstance(key, bytes) else key: each
+                 for key, each in value.items()}  # fmt: skip
+    return value
 
 
 def _indexed(where: str, content: Any) -> tuple[np.ndarray, np.ndarray, list[str]]:
     if not isinstance(content, dict) or not set(CONTENT) <= content.keys():
-        held = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        held = type(content).__name__
+        if isinstance(content, dict):
+            held = f"[{', '.join(_short(repr(k)) for k in content if isinstance(k, str))}]"
         raise DataError(f"{where} holds {held}; expected a dict of embeddings, labels and keys")
     if not all(isinstance(content[name], list | tuple | np.ndarray) for name in CONTENT):
         raise DataError(f"{where}: embeddings, labels and keys are not all lists or arrays")
-    rows = [np.asarray(row) for row in content["embeddings"]]
+    rows = [_row(where, row) for row in content["embeddings"]]
     kinds = sorted({(row.shape, row.dtype.kind) for row in rows})
     if len(kinds) != 1 or len(kinds[0][0]) != 1 or kinds[0][1] != "f":
         said = ", ".join(f"{kind}{list(shape)}" for shape, kind in kinds[:4]) or "nothing"
         raise DataError(f"{where}: embeddings are rows of {said}; expected floats of one width")
     x = np.stack(rows).astype(np.float32)
-    keys, labels = ([_text(each) for each in content[name]] for name in ("keys", "labels"))
+    keys, labels = ([_text(where, name, each) for each in content[name]]
+                    for name in ("keys", "labels"))  # fmt: skip
     if not len(keys) == len(labels) == len(x):
         raise DataError(
             f"{where} holds {len(x)} embeddings, {len(labels)} labels and {len(keys)} keys; "
@@ -114,31 +136,190 @@ def _indexed(where: str, content: Any) -> tuple[np.ndarray, np.ndarray, list[str
     return x, np.array([number[name] for name in named], np.int32), names
 
 
-def _text(value: Any) -> str:
+# Containers may hold themselves many times over: only values of known kinds are gone through.
+
+
+def _row(where: str, row: Any) -> np.ndarray:
+    plain = isinstance(row, list | tuple) and all(isinstance(each, float | int) for each in row)
+    if not (plain or isinstance(row, np.ndarray | np.generic)):
+        raise DataError(
+            f"{where}: embeddings are rows of {type(row).__name__}; expected floats of one width"
+        )
+    return np.asarray(row)
+
+
+def _text(where: str, name: str, value: Any) -> str:
+    if not isinstance(value, bytes | str | int | np.generic):
+        raise DataError(
+            f"{where}: {name} are of type {type(value).__name__}; expected text or integers"
+        )
     value = value.decode("latin1") if isinstance(value, bytes) else value
     return str(value).rstrip("\0")
 
 
-@dataclass(frozen=True)
+def _short(text: Any) -> str:
+    text = str(text)
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+# Before it runs: which instructions there are, and what they build.
+
+
+class _Refused(Exception):
+    """A pickle asks for what it may not."""
+
+
+class _Item(NamedTuple):
+    """What is known of a value on the stack."""
+
+    depth: int = 0  # tuples within it
+    size: int = 1  # values within it, shared ones as often as they occur
+    called: bool = False  # whether it came of a call, and may be given a state
+
+
+_LEAF, _CALLED, _MARK = _Item(), _Item(called=True), _Item(size=0)
+
+_LEAVES = re.compile(
+    r"NONE|NEW(TRUE|FALSE)|INT|BININT[12]?|LONG1?|(BIN)?FLOAT|STRING|UNICODE|BINBYTES8|"
+    r"(SHORT_)?BIN(STRING|BYTES|UNICODE)|EMPTY_(LIST|TUPLE|DICT)|GLOBAL"
+)
+_EFFECTS = {  # how many items are taken, −1 for those since the mark; and what is pushed
+    **{op.name: (0, "leaf") for op in pickletools.opcodes if _LEAVES.fullmatch(op.name)},
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), (0, "memo")),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "PROTO", "FRAME"), (0, "")),
+    **dict.fromkeys(("APPEND", "BUILD", "STOP"), (1, "")),
+    **dict.fromkeys(("APPENDS", "SETITEMS"), (-1, "")),
+    **dict.fromkeys(("LIST", "DICT"), (-1, "leaf")),
+    **{f"TUPLE{count or ''}": (count or -1, "tuple") for count in range(4)},
+    "SETITEM": (2, ""),
+    "STACK_GLOBAL": (2, "leaf"),
+    "REDUCE": (2, "call"),
+    "MARK": (0, "mark"),
+}
+_INSTRUCTIONS = {
+    ord(op.code): (op.name, 0 if op.arg is None else op.arg.n, *_EFFECTS[op.name])
+    for op in pickletools.opcodes
+    if op.name in _EFFECTS
+}
+_LENGTHS = {
+    pickletools.TAKEN_FROM_ARGUMENT1: 1,
+    pickletools.TAKEN_FROM_ARGUMENT4: 4,
+    pickletools.TAKEN_FROM_ARGUMENT4U: 4,
+    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
+}
+
+
+def _check(data: bytes) -> None:
+    """Read a pickle through without running it.
+
+    Raises:
+        _Refused: if it uses an instruction that data do not need.
+        ValueError, LookupError: if it is broken, or would build more than its bytes can mean.
+    """
+    at, count, keys, name = 0, 0, 0, ""
+    stack: list[_Item] = []
+    marks: list[int] = []
+    memo: dict[int, _Item] = {}
+    while name != "STOP":
+        if data[at] not in _INSTRUCTIONS:
+            raise _Refused(f"the instruction {chr(data[at])!r}")
+        name, length, taken, pushed = _INSTRUCTIONS[data[at]]
+        start, at = at + 1, _argument(data, at + 1, name, length)
+        count += 1
+        if count > MAX_INSTRUCTIONS:
+            raise ValueError(f"more than {MAX_INSTRUCTIONS} instructions")
+        first = marks.pop() if taken < 0 else len(stack) - taken
+        items = stack[first:]
+        del stack[first:]
+        if first < (marks[-1] if marks else 0):
+            raise ValueError("nothing on the stack")
+        if name in ("SETITEM", "SETITEMS", "DICT"):
+            keys += (len(items) + 1) // 2
+            if keys > MAX_KEYS:
+                raise ValueError(f"more than {MAX_KEYS} entries of dicts")
+        elif name == "BUILD" and not stack[-1].called:
+            raise _Refused("a state of what has none")
+        elif "PUT" in name or name == "MEMOIZE":
+            place = len(memo) if name == "MEMOIZE" else _place(data[start:at], name)
+            # An array as long as the largest place is made.
+            if place > len(memo) + 1:
+                raise ValueError(f"place {place} of a memory of {len(memo)}")
+            memo[place] = stack[-1]
+        if pushed == "mark":
+            marks.append(len(stack))
+        elif pushed == "tuple":
+            item = _Item(
+                1 + max((i.depth for i in items), default=0), 1 + sum(i.size for i in items)
+            )
+            # Hashing goes through all of a tuple, and calls itself for each within it.
+            if item.depth > MAX_DEPTH or item.size > len(data):
+                raise ValueError("tuples that are nested too deep or multiply")
+            stack.append(item)
+        elif pushed == "memo":
+            stack.append(memo[_place(data[start:at], name)])
+        elif pushed:
+            stack.append(_CALLED if pushed == "call" else _LEAF)
+    if stack or marks:
+        raise ValueError("more than one value")
+
+
+def _argument(data: bytes, at: int, name: str, length: int) -> int:
+    """Where the argument of an instruction ends."""
+    if length == pickletools.UP_TO_NEWLINE:
+        end = data.index(b"\n", at) + 1
+        end = data.index(b"\n", end) + 1 if name == "GLOBAL" else end
+        if name not in ("STRING", "UNICODE") and end - at > 256:
+            raise ValueError(f"a line of {end - at} bytes for a number or a name")
+        return end
+    if length < 0:
+        size = _LENGTHS[length]
+        at, length = at + size, int.from_bytes(data[at : at + size], "little")
+    if length > len(data) - at:
+        raise ValueError("the file ends too early")
+    return at + length
+
+
+def _place(argument: bytes, name: str) -> int:
+    return int(argument) if name in ("PUT", "GET") else int.from_bytes(argument, "little")
+
+
+# While it runs: the names that it may use.
+
+
+@dataclass(frozen=True, slots=True)
 class _Name:
-    """A global that a pickle asks for, by name; never looked up."""
+    """A global that a pickle may name, and what stands for it."""
 
-    module: str
     name: str
+    function: Callable[..., Any] | None
 
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
+    def __call__(self, *arguments: Any) -> Any:
+        if self.function is None:
+            raise _Refused(f"a call of {self.name}")
+        return self.function(*arguments)
+
+
+class _Reader(pickle.Unpickler):
+    """Python's unpickler, without its way to any module."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = _KNOWN.get((module, name))
+        if found is None:
+            raise _Refused(_short(f"{module}.{name}"))
+        return found
 
 
 @dataclass
 class _Dtype:
+    """What a pickle says of a NumPy type; its state tells the order of bytes."""
+
     code: str
     order: str = ""
 
-    def build(self, state: tuple[Any, ...]) -> None:
+    def __setstate__(self, state: Any) -> None:
         self.order = _ascii(state[1])
         if self.order not in ("<", ">", "|", "="):
-            raise ValueError(f"bytes in the order {self.order!r}")
+            raise ValueError("no order of bytes")
 
     def numpy(self) -> np.dtype:
         code = self.code.lstrip("<>=|")
@@ -146,275 +327,68 @@ class _Dtype:
         return np.dtype(object) if code[0] == "O" else np.dtype(order.strip("|") + code)
 
 
-@dataclass
-class _Pending:
-    """An array of which the content comes later."""
+class _Pending(np.ndarray):
+    """An array whose content comes as its state, which is checked before NumPy takes it."""
 
-    value: np.ndarray | None = field(default=None)
-
-    def build(self, state: tuple[Any, ...]) -> None:
+    def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, content = state
-        self.value = _array(shape, dtype, bool(fortran), content)
+        super().__setstate__(_checked(shape, dtype, bool(fortran), content))
 
 
-def _array(shape: Any, dtype: _Dtype, fortran: bool, content: Any) -> np.ndarray:
+def _checked(shape: Any, dtype: Any, fortran: bool, content: Any) -> tuple[Any, ...]:
+    """The state of an array, of which the content fills the shape."""
+    if not isinstance(shape, tuple) or not isinstance(dtype, _Dtype):
+        raise ValueError("an array without a shape or a type")
     shape = tuple(int(n) for n in shape)
-    if min(shape, default=0) < 0 or not isinstance(dtype, _Dtype):
-        raise ValueError(f"an array of shape {shape}")
     kind = dtype.numpy()
-    if kind.hasobject:
-        if not isinstance(content, list) or len(content) != math.prod(shape):
-            raise ValueError("an array of objects without a list of as many")
-        flat = np.empty(len(content), object)
-        for i, each in enumerate(content):
-            flat[i] = each
-    else:
-        content = _bytes(content)
-        if len(content) != math.prod(shape) * kind.itemsize:
-            raise ValueError(f"an array of shape {shape} in {len(content)} bytes")
-        flat = np.frombuffer(content, kind)
-    return flat.reshape(shape, order="F" if fortran else "C")
-
-
-def _bytes(value: Any) -> bytes:
-    return value.encode("latin1") if isinstance(value, str) else bytes(memoryview(value))
+    content = content.encode("latin1") if isinstance(content, str) else content
+    if not isinstance(content, list if kind.hasobject else bytes):
+        raise ValueError("an array without its content")
+    size = 1 if kind.hasobject else kind.itemsize
+    if min(shape, default=0) < 0 or len(content) != math.prod(shape) * size:
+        raise ValueError(f"an array whose content is {len(content)} long")
+    return 1, shape, kind, fortran, content
 
 
 def _ascii(value: Any) -> str:
-    return value.decode("ascii") if isinstance(value, bytes) else str(value)
+    if not isinstance(value, bytes | str):
+        raise ValueError(f"{type(value).__name__} for text")
+    return value.decode("ascii") if isinstance(value, bytes) else value
 
 
 def _make_dtype(code: Any, *_: Any) -> _Dtype:
-    code = _ascii(code)
-    if not _DTYPE.match(code):
-        raise ValueError(f"an array of type {code!r}")
-    return _Dtype(code)
+    if not _DTYPE.match(_ascii(code)):
+        raise ValueError(f"an array of type {_short(code)!r}")
+    return _Dtype(_ascii(code))
 
 
-def _make_pending(kind: Any, *_: Any) -> _Pending:
-    if kind != _Name("numpy", "ndarray"):
-        raise ValueError(f"an array of kind {kind}")
-    return _Pending()
+def _make_pending(kind: Any, *_: Any) -> np.ndarray:
+    if kind is not _NDARRAY:
+        raise ValueError("an array of another kind")
+    return np.ndarray.__new__(_Pending, (0,), np.uint8)
 
 
-def _make_scalar(dtype: _Dtype, content: Any) -> Any:
-    return _array((), dtype, False, content)[()]
+def _make_scalar(dtype: Any, content: Any) -> Any:
+    _, _, kind, _, content = _checked((), dtype, False, content)
+    return np.frombuffer(content, kind)[0]
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise ValueError(f"text in {encoding}")
+def _encode(text: Any, encoding: Any) -> bytes:
+    if not isinstance(text, str) or encoding not in ("latin1", b"latin1"):
+        raise ValueError("text that is not latin1")
     return text.encode("latin1")
 
 
-def _make_bytes() -> bytes:
-    return b""
-
-
-_KNOWN: dict[_Name, Callable[..., Any]] = {
-    _Name("numpy", "dtype"): _make_dtype,
-    _Name("_codecs", "encode"): _encode,
-    _Name("__builtin__", "bytes"): _make_bytes,
-    _Name("builtins", "bytes"): _make_bytes,
-}
-for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-    _KNOWN[_Name(_module, "_reconstruct")] = _make_pending
-    _KNOWN[_Name(_module, "scalar")] = _make_scalar
-
-
-class _Mark:
-    """Where on the stack a list, tuple or dict begins."""
-
-
-class _Machine:
-    """The stack machine of pickles, restricted to data. Opcodes by their letters."""
-
-    def __init__(self, data: bytes, where: str):
-        self.raw, self.data, self.at, self.where = data, memoryview(data), 0, where
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
-
-    def run(self) -> Any:
-        while (code := chr(self.take(1)[0])) != ".":
-            if code not in _CODES:
-                raise self.refused(f"the instruction {code!r}")
-            _CODES[code](self)
-        (value,) = self.stack
-        return _finished(value, {})
-
-    def refused(self, what: str) -> DataError:
-        return DataError(
-            f"{self.where} is refused: it asks for {what}, and a file of embeddings needs arrays "
-            "and strings alone; get a clean copy"
-        )
-
-    def take(self, count: int) -> memoryview:
-        if not 0 <= count <= len(self.data) - self.at:
-            raise ValueError("the file ends too early")
-        self.at += count
-        return self.data[self.at - count : self.at]
-
-    def number(self, form: str) -> Any:
-        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
-
-    def line(self) -> bytes:
-        end = self.raw.index(b"\n", self.at)
-        line = bytes(self.take(end - self.at))
-        self.at += 1
-        return line
-
-    def push(self, value: Any) -> None:
-        self.stack.append(value)
-
-    def since_mark(self) -> list[Any]:
-        start = len(self.stack) - 1
-        while not isinstance(self.stack[start], _Mark):
-            start -= 1
-            if start < 0:
-                raise ValueError("no mark on the stack")
-        items = self.stack[start + 1 :]
-        del self.stack[start:]
-        return items
-
-    def named(self, module: str, name: str) -> None:
-        found = _Name(module, name)
-        if found not in _KNOWN and found != _Name("numpy", "ndarray"):
-            raise self.refused(str(found))
-        self.push(found)
-
-    def global_(self) -> None:
-        self.named(self.line().decode(), self.line().decode())
-
-    def stack_global(self) -> None:
-        name, module = self.stack.pop(), self.stack.pop()
-        self.named(_ascii(module), _ascii(name))
-
-    def reduce(self) -> None:
-        arguments, function = self.stack.pop(), self.stack.pop()
-        if not isinstance(function, _Name) or function not in _KNOWN:
-            raise self.refused(f"a call of {function}")
-        self.push(_KNOWN[function](*arguments))
-
-    def build(self) -> None:
-        state, target = self.stack.pop(), self.stack[-1]
-        if not isinstance(target, _Dtype | _Pending):
-            raise self.refused(f"setting the state of a {type(target).__name__}")
-        target.build(state)
-
-    def append(self, items: list[Any]) -> None:
-        target = self.stack[-1]
-        if not isinstance(target, list):
-            raise ValueError("items for what is no list")
-        target.extend(items)
-
-    def set_items(self, items: list[Any]) -> None:
-        target = self.stack[-1]
-        if not isinstance(target, dict):
-            raise ValueError("items for what is no dict")
-        target.update(zip(map(_key, items[::2]), items[1::2], strict=True))
-
-    def new_dict(self, items: list[Any]) -> None:
-        self.push({})
-        self.set_items(items)
-
-    def string(self) -> None:
-        line = self.line()
-        if len(line) < 2 or line[:1] not in b"'\"" or line[:1] != line[-1:]:
-            raise ValueError("a string without quotes")
-        self.push(codecs.escape_decode(line[1:-1])[0])
-
-    def top(self, count: int) -> None:
-        items = tuple(self.stack[len(self.stack) - count :]) if count else ()
-        del self.stack[len(self.stack) - count :]
-        self.push(items)
-
-
-def _key(value: Any) -> str | int:
-    # Of other keys the hash may take for ever: that of a tuple of tuples of tuples, say.
-    value = value.decode("latin1") if isinstance(value, bytes) else value
-    if not isinstance(value, str | int):
-        raise ValueError(f"a dict with a key of type {type(value).__name__}")
-    return value
-
-
-def _finished(value: Any, seen: dict[int, tuple[Any, Any]]) -> Any:
-    """The value with arrays in place of those pending, each container gone through once."""
-    if id(value) in seen:
-        return seen[id(value)][1]
-    if isinstance(value, _Name | _Dtype | _Mark):
-        raise ValueError(f"{type(value).__name__} where data were expected")
-    done = value
-    seen[id(value)] = (value, done)
-    if isinstance(value, _Pending):
-        if value.value is None:
-            raise ValueError("an array without content")
-        done = value.value
-        for i, item in enumerate(done.ravel() if done.dtype == object else ()):
-            done.flat[i] = _finished(item, seen)
-    elif isinstance(value, list):
-        value[:] = [_finished(item, seen) for item in value]
-    elif isinstance(value, dict):
-        value.update({key: _finished(item, seen) for key, item in value.items()})
-    elif isinstance(value, tuple):
-        done = tuple(_finished(item, seen) for item in value)
-    seen[id(value)] = (value, done)
-    return done
-
-
-def _integer(line: bytes) -> int:
-    return line == b"01" if line in (b"00", b"01") else int(line)
-
-
-_Step = Callable[[_Machine], Any]
-_CODES: dict[str, _Step] = {
-    "\x80": lambda m: m.take(1),
-    "\x95": lambda m: m.take(8),
-    "(": lambda m: m.push(_Mark()),
-    "0": lambda m: m.stack.pop(),
-    "1": lambda m: m.since_mark(),
-    "2": lambda m: m.push(m.stack[-1]),
-    "N": lambda m: m.push(None),
-    "\x88": lambda m: m.push(True),
-    "\x89": lambda m: m.push(False),
-    "I": lambda m: m.push(_integer(m.line())),
-    "J": lambda m: m.push(m.number("<i")),
-    "K": lambda m: m.push(m.number("<B")),
-    "M": lambda m: m.push(m.number("<H")),
-    "L": lambda m: m.push(int(m.line().rstrip(b"L"))),
-    "\x8a": lambda m: m.push(int.from_bytes(m.take(m.number("<B")), "little", signed=True)),
-    "F": lambda m: m.push(float(m.line())),
-    "G": lambda m: m.push(m.number(">d")),
-    "S": _Machine.string,
-    "T": lambda m: m.push(bytes(m.take(m.number("<i")))),
-    "U": lambda m: m.push(bytes(m.take(m.number("<B")))),
-    "B": lambda m: m.push(bytes(m.take(m.number("<I")))),
-    "C": lambda m: m.push(bytes(m.take(m.number("<B")))),
-    "\x8e": lambda m: m.push(bytes(m.take(m.number("<Q")))),
-    "V": lambda m: m.push(m.line().decode("raw-unicode-escape")),
-    "X": lambda m: m.push(str(m.take(m.number("<I")), "utf-8", "surrogatepass")),
-    "\x8c": lambda m: m.push(str(m.take(m.number("<B")), "utf-8", "surrogatepass")),
-    "]": lambda m: m.push([]),
-    "l": lambda m: m.push(m.since_mark()),
-    "a": lambda m: m.append([m.stack.pop()]),
-    "e": lambda m: m.append(m.since_mark()),
-    ")": lambda m: m.push(()),
-    "t": lambda m: m.push(tuple(m.since_mark())),
-    "\x85": lambda m: m.top(1),
-    "\x86": lambda m: m.top(2),
-    "\x87": lambda m: m.top(3),
-    "}": lambda m: m.push({}),
-    "d": lambda m: m.new_dict(m.since_mark()),
-    "s": lambda m: m.set_items([m.stack.pop(-2), m.stack.pop()]),
-    "u": lambda m: m.set_items(m.since_mark()),
-    "p": lambda m: m.memo.__setitem__(int(m.line()), m.stack[-1]),
-    "q": lambda m: m.memo.__setitem__(m.number("<B"), m.stack[-1]),
-    "r": lambda m: m.memo.__setitem__(m.number("<I"), m.stack[-1]),
-    "\x94": lambda m: m.memo.__setitem__(len(m.memo), m.stack[-1]),
-    "g": lambda m: m.push(m.memo[int(m.line())]),
-    "h": lambda m: m.push(m.memo[m.number("<B")]),
-    "j": lambda m: m.push(m.memo[m.number("<I")]),
-    "c": _Machine.global_,
-    "\x93": _Machine.stack_global,
-    "R": _Machine.reduce,
-    "b": _Machine.build,
+_NDARRAY = _Name("numpy.ndarray", None)
+_KNOWN = {
+    ("numpy", "ndarray"): _NDARRAY,
+    ("numpy", "dtype"): _Name("numpy.dtype", _make_dtype),
+    ("_codecs", "encode"): _Name("_codecs.encode", _encode),
+    ("__builtin__", "bytes"): _Name("bytes", lambda: b""),
+    ("builtins", "bytes"): _Name("bytes", lambda: b""),
+    **{
+        (module, name): _Name(name, function)
+        for module in ("numpy.core.multiarray", "numpy._core.multiarray")
+        for name, function in (("_reconstruct", _make_pending), ("scalar", _make_scalar))
+    },
 }
