@@ -35,6 +35,16 @@ def test_learning_curve_shows_loss_and_validation():
     assert any("best: 0.4 at step 200" in t.get_text() for t in right.get_legend().get_texts())
 
 
+@pytest.mark.parametrize(
+    ("metric", "best"), [("label_accuracy", "0.5"), ("loss", "0.4"), ("return", "0.5"), ("x", "")]
+)
+def test_learning_curve_marks_the_best_of_metrics_whose_names_tell(metric, best):
+    history = [{"step": i, "loss": 1.0, "validation": {metric: v}} for i, v in ((1, 0.5), (2, 0.4))]
+    right = report.learning_curve(history).axes[1]
+    found = [t.get_text() for t in right.get_legend().get_texts() if "best" in t.get_text()]
+    assert [text.split()[1] for text in found] == ([best] if best else [])
+
+
 def test_learning_curve_wants_records():
     with pytest.raises(ValueError, match="no records"):
         report.learning_curve([])

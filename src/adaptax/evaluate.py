@@ -15,19 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from . import feed, io, metrics, tree
+from . import feed, io, metrics, scoring, tree
 from .conv import FastPath, fast
 from .learner import Ensemble, Meta, MetaLearner
 from .mapping import Mapping, chunk_size, with_fast_path
+from .scoring import Scores, Select
 from .task import Model, Splits, TaskDistribution
 
 DIVERGED = 10.0
 """A regression task counts as diverged when its error after adaptation is not finite, or is so
 many times its error before."""
-
-
-MORE_IS_BETTER = ("accuracy", "r2", "readings", "reading_accuracy")
-"""Metrics that are to be large."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +39,8 @@ class Report:
         bins: calibration tables, `(len(at), bins, 3)`, for classification.
         quantiles: how many targets fell in each quantile of their prediction, `(len(at), bins)`,
             for regression.
-        select: the metric that `score` is of; the primary one if `None`.
+        select: the metric that `score` is of, and which of its directions is better if its name
+            does not tell; the primary one if `None`.
     """
 
     protocol: dict[str, Any]
@@ -50,20 +48,21 @@ class Report:
     values: dict[str, np.ndarray]
     bins: np.ndarray | None
     quantiles: np.ndarray | None = None
-    select: str | None = None
+    select: Select | None = None
 
     @property
     def primary(self) -> str:
-        """`"accuracy"` for classification, `"mse"` for regression."""
-        return "accuracy" if "accuracy" in self.values else "mse"
+        """`"accuracy"` for classification, `"mse"` for regression, `"label_accuracy"` for labels
+        that are each true or false; otherwise what was selected by, or the `"loss"`."""
+        usual = (name for name in ("accuracy", "mse", "label_accuracy") if name in self.values)
+        return next(usual, scoring.name_of(self.select or "loss"))
 
     @property
     def score(self) -> float:
         """What `fit` selects by, after the last step, signed so that more is better."""
-        metric = self.primary if self.select is None else self.select
-        mean = self.mean(metric)
-        sign = 1 if metric in MORE_IS_BETTER else -1
-        return sign * mean if math.isfinite(mean) else -math.inf
+        select = self.select or self.primary
+        mean = self.mean(scoring.name_of(select))
+        return scoring.sign_of(select) * mean if math.isfinite(mean) else -math.inf
 
     def mean(self, metric: str, step: int = -1, *, diverged: bool = True) -> float:
         """Mean over episodes of a metric at one of the steps in `at` (by position).
@@ -114,8 +113,9 @@ class Report:
         return int(np.sum(self._diverged(step)))
 
     def _diverged(self, step: int) -> np.ndarray:
-        if self.primary == "accuracy":
-            return ~np.isfinite(self.values["nll"][:, step])
+        if self.primary != "mse":
+            name = "nll" if "nll" in self.values else self.primary
+            return ~np.isfinite(self.values[name][:, step])
         mse = self.values["mse"]
         bad = ~np.isfinite(mse[:, step])
         if self.at[0] == 0:
@@ -183,6 +183,8 @@ def evaluate(
 ) -> Report:
     """Adapt to each of 600 tasks and score the predictions on its queries.
 
+    Which metrics that are follows from the loss; see `adaptax.scoring`.
+
     Episode i depends on the key, the split and i alone: every learner sees the same ones.
 
     Args:
@@ -191,7 +193,7 @@ def evaluate(
         tasks: usually `tasks.test`.
         key: names the episodes.
         how: the arguments of `Evaluator`: `episodes`, `steps`, `at`, `transductive`, `noise`,
-            `mapping`, `fast_path`, `watch`.
+            `scores`, `select`, `mapping`, `fast_path`, `watch`.
 
     Raises:
         ValueError: if there are no episodes or no queries, or the model's output does not fit
@@ -215,8 +217,12 @@ class Evaluator:
         noise: standard deviation of the targets that the likelihood and the intervals of a
             regression assume; or `"learned"`: what the model, or each of an ensemble, says in its
             attribute `noise`, as `adaptax.Gaussian` does.
+        scores: metrics of one's own, beside those that the loss says:
+            `scores(predictions, targets) -> {name: scalar}` for the queries of one task, traceable.
+            An ensemble's predictions lead with the particle axis.
         select: the metric that the report's `score` is of, by which `fit` selects: such as `"nll"`
-            where it counts how sure a prediction is; accuracy or squared error if `None`.
+            where it counts how sure a prediction is; the primary one if `None`. For a metric whose
+            name does not tell whether more is better, `("name", "max")` or `("name", "min")`.
         mapping: how to map over episodes; see `adaptax.mapping.Mapping`.
         fast_path: see `adaptax.conv.fast`.
         watch: called with the number of episodes done.
@@ -232,7 +238,8 @@ class Evaluator:
         at: Sequence[int] | None = None,
         transductive: bool = True,
         noise: float | str = 1.0,
-        select: str | None = None,
+        scores: Scores | None = None,
+        select: Select | None = None,
         mapping: Mapping = "auto",
         fast_path: FastPath = "auto",
         watch: Callable[[int], None] | None = None,
@@ -245,6 +252,8 @@ class Evaluator:
             raise ValueError(f'noise is a positive standard deviation or "learned", not {noise!r}')
         if steps is not None and steps < 0:
             raise ValueError(f"steps is 0 or more, not {steps}")
+        if select is not None:
+            scoring.sign_of(select)
         self.learner, self.tasks, self.episodes = (
             with_fast_path(learner, fast_path),
             tasks,
@@ -252,7 +261,7 @@ class Evaluator:
         )
         self.steps, self.at, self.transductive, self.noise = steps, at, transductive, noise
         self.mapping, self.fast_path, self.watch = mapping, fast_path, watch
-        self.select = select
+        self.loss, self.scores, self.select = learner.loss, scores, select
         self._facts: dict[str, Any] = {}
         self._size: int | None = None
         self._program = eqx.filter_jit(self._chunk)
@@ -284,15 +293,34 @@ class Evaluator:
             parts.append(jax.tree.map(np.asarray, scores))
             if self.watch is not None:
                 self.watch(min(len(parts) * chunk, self.episodes))
-        values = {n: np.concatenate([p[n] for p in parts])[: self.episodes] for n in parts[0]}
+        values: dict[str, Any] = jax.tree.map(
+            lambda *each: np.concatenate(each)[: self.episodes], *parts
+        )
+        values = scoring.settled(values)
         bins = values.pop("bins", None)
         bins = None if bins is None else bins.sum(axis=0)
         quantiles = values.pop("quantiles", None)
         quantiles = None if quantiles is None else quantiles.sum(axis=0)
         protocol = self._protocol(assumed if "mse" in values else None)
-        if self.select is not None and self.select not in values:
-            raise ValueError(f"select is one of {', '.join(values)}, not {self.select!r}")
+        self._check_select(values)
         return Report(protocol, self._facts["at"], values, bins, quantiles, self.select)
+
+    def check(self, meta: Meta, *, key: PRNGKeyArray) -> None:
+        """Raise what scoring these meta-parameters would raise, from shapes alone.
+
+        Raises:
+            ValueError: if `select` is no score of the learner on these tasks, or as `evaluate`.
+        """
+        loaded = feed.load(self.tasks, key, jnp.zeros(1, jnp.uint32))
+        first = jax.tree.map(lambda leaf: leaf[0], loaded)
+        noise = None if self.noise == "learned" else jnp.asarray(self.noise, float)
+        found = eqx.filter_eval_shape(self._episode, meta, self.tasks, noise, first, key)
+        self._check_select({**found, **found.get("claimed", {})})
+
+    def _check_select(self, found: dict[str, Any]) -> None:
+        if self.select is not None and scoring.name_of(self.select) not in found:
+            names = sorted(found.keys() - scoring.INTERNAL)
+            raise ValueError(f"select is one of {', '.join(names)}, not {self.select!r}")
 
     def _protocol(self, noise: float | str | None) -> dict[str, Any]:
         particles = self._facts["particles"]
@@ -315,7 +343,7 @@ class Evaluator:
 
     def _chunk(
         self, meta: Meta, tasks: TaskDistribution, noise: Array | None, loaded: PyTree, keys: Array
-    ) -> dict[str, Array]:
+    ) -> dict[str, Any]:
         each = lambda xs: self._episode(meta, tasks, noise, *xs)  # noqa: E731
         return jax.lax.map(each, (loaded, keys), batch_size=None if self._size == 1 else self._size)
 
@@ -326,7 +354,7 @@ class Evaluator:
         noise: Array | None,
         loaded: PyTree,
         key: PRNGKeyArray,
-    ) -> dict[str, Array]:
+    ) -> dict[str, Any]:
         """Scores of one episode, leading with the axis of scored steps."""
         adapt_key, support_key, query_key = jax.random.split(key, 3)
         task = feed.task(tasks, loaded)
@@ -350,16 +378,21 @@ class Evaluator:
         self._facts["backbone"] = _backbone(before)
 
         # Some families have scores of their own, such as the readings of ambiguous tasks.
-        more = getattr(tasks, "scores", None)
+        family = getattr(tasks, "scores", None)
 
-        def scores(arrays: PyTree) -> dict[str, Array]:
+        def scores(arrays: PyTree) -> dict[str, Any]:
             model = eqx.combine(arrays, rest)
             predictions = predict(
                 model, query.x, support.x,
                 transductive=self.transductive, fast_path=self.fast_path,
             )  # fmt: skip
-            found = _scores(predictions, query.y, learned_noise(model) if noise is None else noise)
-            return found | (more(predictions, query.y) if more is not None else {})
+            assumed = learned_noise(model) if noise is None else noise
+            found = scoring.scores(self.loss, model, predictions, query, assumed)
+            for by, own in (("the tasks' scores", family), ("scores=", self.scores)):
+                if own is not None:
+                    found |= scoring.checked(own(predictions, query.y), by)
+                    found.pop("repeats", None)
+            return found
 
         picked = jax.tree.map(lambda leaf: leaf[jnp.array(chosen)], arrays)
         return jax.lax.map(scores, picked)
@@ -372,7 +405,7 @@ def predict(
     *,
     transductive: bool,
     fast_path: FastPath = "auto",
-) -> Float[Array, ...]:
+) -> PyTree:
     """Predictions for queries, together or one by one.
 
     Args:
@@ -388,12 +421,13 @@ def predict(
         return call(model, x)
     axis = 1 if isinstance(model, Ensemble) else 0
 
-    def alone(one: PyTree) -> Array:
+    def alone(one: PyTree) -> PyTree:
         batch = jax.tree.map(lambda s, q: jnp.concatenate([s, q[None]]), support_x, one)
-        return jnp.take(call(model, batch), -1, axis=axis)
+        return jax.tree.map(lambda out: jnp.take(out, -1, axis=axis), call(model, batch))
 
     # Sixteen at a time bounds memory and keeps the matrix products large.
-    return jnp.moveaxis(jax.lax.map(alone, x, batch_size=16), 0, axis)
+    each = jax.lax.map(alone, x, batch_size=16)
+    return jax.tree.map(lambda out: jnp.moveaxis(out, 0, axis), each)
 
 
 def _backbone(model: Model) -> str:
@@ -410,22 +444,6 @@ def _chosen(length: int, at: Sequence[int] | None) -> list[int]:
     if not chosen or min(chosen) < 0 or max(chosen) >= length:
         raise ValueError(f"at={chosen} should be steps between 0 and the last, {length - 1}")
     return chosen
-
-
-def _scores(predictions: Array, targets: Array, noise: Any) -> dict[str, Array]:
-    if jnp.issubdtype(targets.dtype, jnp.integer):
-        if predictions.ndim not in (2, 3) or predictions.shape[-2] != len(targets):
-            raise ValueError(
-                f"for {len(targets)} labels the model should predict logits of shape "
-                f"({len(targets)}, way), and predicted {predictions.shape}"
-            )
-        return metrics.classification(predictions, targets) | metrics.uncertainty(predictions)
-    if predictions.shape[-targets.ndim :] != targets.shape:
-        raise ValueError(
-            f"the model predicts {predictions.shape} for targets of shape {targets.shape}"
-        )
-    scores = metrics.regression(predictions, targets, noise)
-    return scores | metrics.coverage(predictions, targets, noise)
 
 
 def learned_noise(model: Model) -> Float[Array, "*particles"]:

@@ -12,9 +12,10 @@ Predictions in half precision are reduced in float32, which the loss is then in.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 import equinox as eqx
 import jax
@@ -27,8 +28,38 @@ from .tree import wide
 
 Loss = Callable[[Model, Batch], Float[Array, ""]]
 Reduction = Literal["mean", "sum", "sum/shot", "balanced"]
+Kind = Literal["classification", "binary", "regression"]
+"""What the predictions of a loss are: logits of one class each, logits of labels that are each true
+or false, or estimates of the targets."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+def predicts(kind: Kind) -> Callable[[Function], Function]:
+    """Decorate a loss with what its predictions are, so that `evaluate` scores them as that.
+
+    A loss of your own needs it only if `evaluate` does not find out; see `adaptax.scoring`.
+
+    Args:
+        kind: see `Kind`.
+    """
+
+    def mark(loss: Function) -> Function:
+        loss.__dict__["predicts"] = kind
+        return loss
+
+    return mark
+
+
+def kind_of(loss: Loss) -> Kind | None:
+    """What the predictions of a loss are, if `predicts` marked it or the loss that it wraps."""
+    while isinstance(loss, functools.partial | MixedPrecision):
+        loss = loss.func if isinstance(loss, functools.partial) else loss.loss
+    kind = getattr(loss, "predicts", None)
+    return kind if kind in get_args(Kind) else None
+
+
+@predicts("regression")
 def mse(model: Model, batch: Batch, *, reduction: Reduction = "mean") -> Float[Array, ""]:
     """Squared error, averaged over outputs and reduced over examples.
 
@@ -52,6 +83,7 @@ def mse(model: Model, batch: Batch, *, reduction: Reduction = "mean") -> Float[A
     return _reduce(jnp.mean(errors.reshape(len(errors), -1), axis=1), reduction, way=1)
 
 
+@predicts("regression")
 def relative_mse(model: Model, batch: Batch) -> Float[Array, ""]:
     """Squared error over that of answering 0, where that is above 1: `Σ(y − f)² / max(Σ y², n)`.
 
@@ -70,6 +102,7 @@ def relative_mse(model: Model, batch: Batch) -> Float[Array, ""]:
     return mse(model, batch) / jnp.maximum(jnp.mean(wide(batch.y) ** 2), 1.0)
 
 
+@predicts("regression")
 def normal(
     model: Model, batch: Batch, *, noise: float = 1.0, reduction: Reduction = "mean"
 ) -> Float[Array, ""]:
@@ -94,12 +127,13 @@ def normal(
     return half + constant * (batch.size if reduction == "sum" else 1)
 
 
+@predicts("classification")
 def cross_entropy(model: Model, batch: Batch, *, reduction: Reduction = "mean") -> Float[Array, ""]:
     """Softmax cross-entropy `−log p(y | x)` of integer labels.
 
     Args:
-        model: predicts logits `(n, way)` from `batch.x`.
-        batch: integer labels `(n,)` in `[0, way)`.
+        model: predicts logits `(n, ..., way)` from `batch.x`.
+        batch: integer labels `(n, ...)` in `[0, way)`: `(n,)`, or one for every pixel or token.
         reduction: `"mean"` (default) or `"sum"` over the examples, or `"sum/shot"`: the sum over
             `n` examples of `way` classes divided by the shots `n / way`, that is `way` times the
             mean (MAML's code: the paper's step 0.4 on this loss is 2.0 on the mean for 5 ways);
@@ -124,6 +158,33 @@ def cross_entropy(model: Model, batch: Batch, *, reduction: Reduction = "mean") 
         count = jnp.sum(y[:, None] == y, axis=1)  # of its class, for every example
         return jnp.sum(each.ravel() / count) / jnp.sum(1 / count)
     return _reduce(each, reduction, way=logits.shape[-1])
+
+
+@predicts("binary")
+def binary_cross_entropy(
+    model: Model, batch: Batch, *, reduction: Reduction = "mean"
+) -> Float[Array, ""]:
+    """`−y log σ(f(x)) − (1 − y) log σ(−f(x))`, averaged over labels and reduced over examples.
+
+    For examples that have several labels, or none: each output is the logit of one label.
+
+    Args:
+        model: predicts logits of the shape of the targets from `batch.x`.
+        batch: targets `(n, ...)`, 0 or 1, as floats, integers or booleans.
+        reduction: `"mean"` or `"sum"` over the examples.
+
+    Raises:
+        ValueError: if logits and targets differ in shape; if the batch is empty or without targets.
+    """
+    labelled(batch)
+    logits = wide(model(batch.x))
+    if logits.shape != batch.y.shape:
+        raise ValueError(
+            f"the model predicts logits of shape {logits.shape} for targets of shape "
+            f"{batch.y.shape}; binary_cross_entropy wants one logit for each label"
+        )
+    each = optax.sigmoid_binary_cross_entropy(logits, batch.y.astype(logits.dtype))
+    return _reduce(jnp.mean(each.reshape(len(each), -1), axis=1), reduction, way=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import entr, ndtr
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from .tree import wide
 
@@ -70,6 +70,31 @@ def uncertainty(logits: Float[Array, "*particles n way"]) -> dict[str, Float[Arr
         divergence = jnp.sum(jnp.where(p > 0, p * (each - log_p), 0.0), axis=-1)
         out |= {"aleatoric": jnp.mean(_entropy(each)), "epistemic": jnp.mean(divergence)}
     return out
+
+
+def binary(
+    logits: Float[Array, "*any"], targets: Shaped[Array, "n ..."]
+) -> dict[str, Float[Array, ""]]:
+    """Scores of labels that are each true or false, several an example; means over all of them.
+
+    * `label_accuracy`: how often the mixture's more probable answer is right.
+    * `nll`: `−log p(y)` in nats a label, `p` the mean of the particles' probabilities `σ(f_m)`.
+    * `brier`: `(p − y)²`.
+
+    Args:
+        logits: of one model, of the shape of the targets, or of an ensemble.
+        targets: 0 or 1, of any type.
+    """
+    logits = logits if logits.ndim > targets.ndim else logits[None]
+    count = jnp.log(len(logits))
+    yes = jax.nn.logsumexp(jax.nn.log_sigmoid(logits), axis=0) - count
+    no = jax.nn.logsumexp(jax.nn.log_sigmoid(-logits), axis=0) - count
+    y = targets.astype(yes.dtype)
+    return {
+        "label_accuracy": _fraction((yes > no) == (y > 0.5)),
+        "nll": -jnp.mean(jnp.where(y > 0, y * yes, 0.0) + jnp.where(y < 1, (1 - y) * no, 0.0)),
+        "brier": jnp.mean((jnp.exp(yes) - y) ** 2),
+    }
 
 
 def regression(

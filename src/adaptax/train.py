@@ -216,6 +216,8 @@ def fit(
     optimizer = optimizer or learner.optimizer(steps)
     task_key, learner_key, init_key, validation_key = jax.random.split(key, 4)
     state, fixed = initial_state(learner, model, outer or optimizer, init_key, keep)
+    if judge is not None and (validation or {}).get("select") is not None:
+        judge.check(eqx.combine(state.meta, fixed), key=validation_key)
     fast_learner = with_fast_path(learner, fast_path)
     heavy = _is_heavy(fast_learner, eqx.combine(state.meta, fixed), tasks, task_key)
     chunk = chunk or (20 if heavy else 500)

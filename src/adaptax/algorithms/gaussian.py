@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from .. import tree
-from ..losses import labelled
+from ..losses import labelled, predicts
 from ..task import Batch, Model
 
 
@@ -60,6 +60,7 @@ class Gaussian(eqx.Module):
         return jnp.exp(-self.log_gamma / 2)
 
 
+@predicts("regression")
 def gaussian_nll(model: Gaussian, batch: Batch) -> Float[Array, ""]:
     """`−log p(y | x, w, γ) = Σ ½γ(y − f(x))² − ½log γ + ½log 2π`, over examples and outputs.
 

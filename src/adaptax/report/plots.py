@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..evaluate import Report
+from ..scoring import known_sign
 from .style import COLOURS, MARKERS, METRICS, canvas, scale, styled
 
 
@@ -146,8 +147,9 @@ def _validation(ax: Axes, records: Sequence[Mapping[str, Any]]) -> None:
         steps, mean - half, mean + half, color=COLOURS[1], alpha=0.2, linewidth=0, label="95 % CI"
     )
     ax.plot(steps, mean, color=COLOURS[1], marker="o", markersize=3.5, label="validation")
-    if np.isfinite(mean).any():
-        best = int(np.nanargmax(mean) if metric == "accuracy" else np.nanargmin(mean))
+    sign = known_sign(metric)
+    if sign and np.isfinite(mean).any():
+        best = int(np.nanargmax(sign * mean))
         ax.plot(
             steps[best], mean[best], "*", color="black", markersize=10, zorder=4,
             label=f"best: {mean[best]:.3g} at step {steps[best]:,}",
