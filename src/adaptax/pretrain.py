@@ -315,11 +315,11 @@ def extract(
     return np.concatenate(found)
 
 
-def pixels_of(images: Episodes | StreamedEpisodes, rows: Int[np.ndarray, "*any"]) -> Array:
+def pixels_of(images: Episodes | StreamedEpisodes, rows: Int[np.ndarray, "*any"]) -> PyTree:
     """Examples by their rows, on the device."""
     if isinstance(images, Episodes):
-        return images.bank[rows]
-    return jnp.asarray(images.bank.array[images.bank.index[rows]])
+        return jax.tree.map(lambda a: a[rows], images.bank)
+    return jax.tree.map(jnp.asarray, images.bank.take(rows))
 
 
 @dataclasses.dataclass(frozen=True)

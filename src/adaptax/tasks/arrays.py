@@ -1,24 +1,33 @@
-"""Episodes of any labelled arrays: images or feature vectors."""
+"""Episodes of any labelled arrays: images, features, token ids, or several inputs together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import jax
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import PyTree, Shaped
 
+from adaptax import tree
 from adaptax.task import Splits
 from adaptax.tasks import bank
-from adaptax.tasks.bank import MEMORY_BUDGET
-from adaptax.tasks.episodes import Rotations
+from adaptax.tasks.bank import MEMORY_BUDGET, NAMES
+from adaptax.tasks.episodes import Rotations, kept
 from adaptax.tasks.sources import DataError
 
-Arrays = Shaped[np.ndarray, "..."]
+Array = Shaped[np.ndarray, "..."]
+
+BLOCK = 2**24
+"""Bytes that are looked through at once."""
+
+SHOWN = 5
+"""Rows that an error names."""
 
 
 def from_arrays(
-    x: Arrays | Mapping[str, tuple[Arrays, Arrays]],
-    labels: Arrays | Sequence[int] | Sequence[str] | None = None,
+    x: PyTree,
+    labels: Any = None,
     *,
     way: int = 5,
     shot: int = 1,
@@ -34,17 +43,26 @@ def from_arrays(
 ) -> Splits:
     """Episodes of labelled examples.
 
+    | x is | the model is given |
+    |---|---|
+    | uint8 | float in [0, 1]: images |
+    | floats | float32 |
+    | other integers | integers, as wide as JAX has them: token ids, categories |
+    | booleans | float32; as one of several inputs booleans: masks |
+    | a dict or tuple of these, or any other pytree | the same, each as above: several inputs |
+
+    A list is one array.
+
     Args:
-        x: examples, `(n, ...)`: uint8 is taken for images and scaled to [0, 1], floats are kept
-            as float32, other integers and booleans are made so. Or, already split by class,
+        x: examples, `(n, ...)`; or, already split by class,
             `{"train": (x, labels), "val": ..., "test": ...}`.
-        labels: integers or strings, `(n,)`.
+        labels: integers or strings, `(n,)`: a list, an array of any kind, a pandas column.
         way: classes an episode.
         shot: support examples a class.
         query: query examples a class.
         train_shot: support examples a class in meta-training, if not `shot`.
         train_query: query examples a class in meta-training, if not `query`.
-        splits: fractions of the classes for train, val and test, when `x` is one array.
+        splits: fractions of the classes for train, val and test, when `x` is not split.
         seed: of that split.
         rotations: of square images in meta-training, and in validation and test.
         invert: turn bytes b into 255 − b.
@@ -52,31 +70,23 @@ def from_arrays(
         memory_budget: in bytes; larger data stay on the host, memory-mapped if they were.
 
     Raises:
-        DataError: if lengths differ, labels are not labels, splits share classes or are absent,
-            or there are too few classes or examples.
+        DataError: if lengths differ, labels are missing or no labels, examples are no numbers, not
+            finite, masked or beyond what the device holds, splits share classes or are absent, or
+            there are too few classes or examples.
 
     Example:
         `from_arrays(features, names, way=5, shot=1, query=15)`
     """
     design = bank.designs(way, shot, query, train_shot, train_query, rotations, invert=invert)
-    if isinstance(x, Mapping):
-        if labels is not None:
-            raise DataError("labels were given beside a dict of splits; put them inside the dict")
-        pairs = {split: _pair(split, *pair) for split, pair in x.items()}
-        shapes = {(a.shape[1:], a.dtype.name) for a, _ in pairs.values()}
-        if len(shapes) > 1:
-            raise DataError(
-                f"splits hold examples of several kinds, {sorted(shapes)}; expected one"
-            )
-        array = np.concatenate([a for a, _ in pairs.values()])
-        first, classes = 0, {}
-        for split, (a, names) in pairs.items():
-            classes[split] = group(names, first)
-            first += len(a)
-        how: tuple[tuple[str, object], ...] = ()
+    x = dict(x) if isinstance(x, Mapping) else x
+    how: tuple[tuple[str, object], ...] = ()
+    if isinstance(x, dict) and labels is None:
+        array, classes = _from_splits(x)
+    elif isinstance(x, dict) and x and set(x) <= set(NAMES):
+        raise DataError("labels were given beside a dict of splits; put them inside the dict")
+    elif labels is None:
+        raise DataError("labels are None; expected one label an example, or a dict of splits")
     else:
-        if labels is None:
-            raise DataError("x is one array, but labels are None; expected one label an example")
         array, names = _pair("x", x, labels)
         rows = group(names)
         parts = bank.split_by_fraction(list(rows), splits, seed)
@@ -87,7 +97,7 @@ def from_arrays(
     )
 
 
-def group(labels: Arrays, first: int = 0) -> dict[str, np.ndarray]:
+def group(labels: Array, first: int = 0) -> dict[str, np.ndarray]:
     """Rows of every label, counted from `first`, in order of the labels."""
     values, where = np.unique(labels, return_inverse=True)
     order = np.argsort(where, kind="stable")
@@ -95,19 +105,155 @@ def group(labels: Arrays, first: int = 0) -> dict[str, np.ndarray]:
     return {str(value): rows + first for value, rows in zip(values, np.split(order, ends))}
 
 
-def _pair(what: str, x: Arrays, labels: Arrays | Sequence[object]) -> tuple[np.ndarray, np.ndarray]:
-    x, labels = np.asanyarray(x), np.asarray(labels)
-    if x.ndim < 2 or labels.ndim != 1 or len(x) != len(labels):
+def _from_splits(x: dict[Any, Any]) -> tuple[PyTree, dict[str, dict[str, np.ndarray]]]:
+    """The examples of all splits in one array, and the rows of every class."""
+    for split, pair in x.items():
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            held = f" of {len(pair)}" if isinstance(pair, list | tuple) else ""
+            raise DataError(
+                f"{split}: given a {type(pair).__name__}{held}; expected the pair (x, labels) of "
+                "each of train, val and test, or labels= beside a dict of inputs"
+            )
+    pairs = {split: _pair(str(split), *pair) for split, pair in x.items()}
+    kinds = {(jax.tree.structure(inputs), _described(inputs)) for inputs, _ in pairs.values()}
+    if len(kinds) > 1:
+        said = " and ".join(sorted({text for _, text in kinds}))
+        raise DataError(f"splits hold examples of several kinds, {said}; expected one")
+    array = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(a for a, _ in pairs.values()))
+    first, classes = 0, {}
+    for split, (_, names) in pairs.items():
+        classes[split] = group(names, first)
+        first += len(names)
+    return array, classes
+
+
+def _described(inputs: PyTree) -> str:
+    """Names, types and shapes of an example."""
+    kinds = {"f": "floats", "b": "booleans", "i": "integers", "u": "unsigned integers"}
+    return ", ".join(
+        f"{path} {'bytes' if leaf.dtype == np.uint8 else kinds[kept(leaf.dtype).kind]} "
+        f"{leaf.shape[1:]}".strip()
+        for path, leaf in tree.by_path(inputs).items()
+    )
+
+
+def _pair(what: str, x: PyTree, labels: Any) -> tuple[PyTree, np.ndarray]:
+    """Examples and labels, checked; memory-mapped arrays as they are."""
+    labels = _labels(what, labels)
+    try:
+        leaves, structure = jax.tree_util.tree_flatten_with_path(x, is_leaf=_is_array)
+    except (TypeError, ValueError) as error:  # keys that have no order
+        raise DataError(f"{what}: inputs cannot be put in order ({str(error)[:100]})") from None
+    single = _is_array(x)
+    names = [what if single else f"{what}/{tree.path_name(path)}" for path, _ in leaves]
+    arrays = [_array(name, leaf) for name, (_, leaf) in zip(names, leaves)]
+    shapes = [array.shape for array in arrays]
+    fit = all(len(shape) > single and shape[:1] == labels.shape for shape in shapes)
+    if not shapes or not fit:
         raise DataError(
-            f"{what}: examples of shape {x.shape} and labels of shape {labels.shape}; expected "
-            "(n, ...) and (n,)"
+            f"{what}: examples of shape {' and '.join(map(str, shapes)) or 'none'} and labels of "
+            f"shape {labels.shape}; expected (n, ...) and (n,)"
         )
-    if labels.dtype.kind not in "iubUS":
+    if len(labels) == 0 or any(0 in shape for shape in shapes):
         raise DataError(
-            f"{what}: labels of type {labels.dtype}; expected integers or strings, one a class"
+            f"{what}: examples of shape {' and '.join(map(str, shapes))} hold nothing; expected "
+            "one or more examples, each of one or more numbers"
         )
-    if x.dtype.kind not in "iubf":
-        raise DataError(f"{what}: examples of type {x.dtype}; expected uint8 images or floats")
-    if x.dtype not in (np.uint8, np.float32):
-        x = x.astype(np.float32)
-    return x, labels
+    for name, array in zip(names, arrays):
+        _check_values(name, array)
+    if single and arrays[0].dtype == bool:
+        arrays = [arrays[0].astype(np.float32)]
+    return jax.tree.unflatten(structure, arrays), labels
+
+
+def _is_array(value: Any) -> bool:
+    """Whether NumPy is to make one array of it; else it is a pytree of inputs."""
+    if isinstance(value, tuple):
+        return not any(hasattr(each, "shape") for each in value)
+    return isinstance(value, list | str | bytes) or hasattr(value, "__array__")
+
+
+def _array(what: str, value: Any) -> np.ndarray:
+    try:
+        array = value if isinstance(value, np.memmap | np.ma.MaskedArray) else np.asarray(value)
+    except Exception as error:  # of any library
+        raise DataError(
+            f"{what}: a {type(value).__name__} is no array ({str(error)[:100]}); expected numbers, "
+            "as many in each row"
+        ) from None
+    if isinstance(array, np.ma.MaskedArray):
+        if array.ndim:
+            masked = _rows(np.ma.getmaskarray(array), lambda block: block)
+            _refuse(what, masked, len(array), "masked", "leave them out or fill them in")
+        array = array.data
+    return array
+
+
+def _labels(what: str, labels: Any) -> np.ndarray:
+    if isinstance(labels, list | tuple):  # as they are: NumPy would make 1 and "1" the same text
+        array = np.fromiter(labels, object, len(labels))
+    else:
+        array = _array(f"labels of {what}", labels)
+    if array.dtype.kind == "T":
+        array = array.astype(object)
+    if array.dtype.kind not in "iubUSO":
+        raise DataError(
+            f"{what}: labels of type {array.dtype}; expected integers or strings, one a class"
+        )
+    if array.dtype == object and array.ndim == 1:
+        kinds = np.array([_kind(label) for label in array], object)
+        bad = np.flatnonzero(kinds == "")
+        if len(bad):
+            held = ", ".join(dict.fromkeys(repr(label)[:20] for label in array[bad[:SHOWN]]))
+            _refuse(what, bad, len(array), f"without a label ({held})", "give each an integer or "
+                    "a string, or leave them out")  # fmt: skip
+        if len(set(kinds)) > 1:
+            raise DataError(
+                f"{what}: labels are {' and '.join(sorted(set(kinds)))}; expected one kind"
+            )
+    return array
+
+
+def _kind(label: Any) -> str:
+    """What a label is; nothing if it is none, such as what pandas has for missing ones."""
+    if isinstance(label, str | bytes):
+        return "text" if isinstance(label, str) else "bytes"
+    return "integers" if isinstance(label, int | np.integer | np.bool_) else ""
+
+
+def _check_values(what: str, array: np.ndarray) -> None:
+    """Refuse numbers that are not finite or that the device does not hold."""
+    try:
+        to = kept(array.dtype)
+    except DataError as error:
+        raise DataError(f"{what}: {error}") from None
+    if to.kind == "f":
+        with np.errstate(all="ignore"):
+            bad = _rows(array, lambda block: ~np.isfinite(block.astype(to, copy=False)))
+            lost = _rows(array[bad], lambda block: ~np.isfinite(block.astype(float)))
+        fill = "leave them out or fill them in"
+        _refuse(what, bad[lost], len(array), "not finite (NaN or infinity)", fill)
+        _refuse(what, bad, len(array), f"beyond {to}", "scale them")
+    elif to.kind in "iu" and to != array.dtype:
+        low, high = np.iinfo(to).min, np.iinfo(to).max
+        bad = _rows(array, lambda block: (block < low) | (block > high))
+        how = "number them anew, or switch JAX to 64 bits (jax_enable_x64)"
+        _refuse(what, bad, len(array), f"beyond {to}", how)
+
+
+def _rows(array: np.ndarray, bad: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """The rows of which something is bad, looked through block by block."""
+    size = max(BLOCK // max(array[:1].nbytes, 1), 1)
+    found = [np.zeros(0, int)]
+    for first in range(0, len(array), size):
+        block = array[first : first + size]
+        found.append(first + np.flatnonzero(bad(block).reshape(len(block), -1).any(axis=1)))
+    return np.concatenate(found)
+
+
+def _refuse(what: str, rows: np.ndarray, count: int, why: str, advice: str) -> None:
+    if len(rows):
+        some = ", ".join(map(str, rows[:SHOWN])) + (", …" if len(rows) > SHOWN else "")
+        raise DataError(
+            f"{what}: {len(rows)} of {count} examples are {why}, in rows {some}; {advice}"
+        )

@@ -158,8 +158,7 @@ class StreamedAttributeTasks(HostTaskDistribution):
 
     def fetch(self, plan: Int32[Array, "*lead images"]) -> Task:
         """On the host: gather planned tasks, `(..., 2K, ...)` for leading axes `...`."""
-        rows = self.bank.index[np.asarray(plan)]
-        return _assemble(self.design, self.bank.array[rows])
+        return _assemble(self.design, self.bank.take(np.asarray(plan)))
 
     def readings(self, key: PRNGKeyArray) -> tuple[Conjunction, ...]:
         """The attributes that each reading of the task asks for; not traceable."""

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Int, PyTree, Shaped
 
 from adaptax.task import Splits, TaskDistribution
 from adaptax.tasks.content import Checksums, row_checksums, warn_of_shared
-from adaptax.tasks.episodes import Design, Details, Episodes, HostRows, Rotations, StreamedEpisodes
+from adaptax.tasks.episodes import (
+    Design,
+    Details,
+    Episodes,
+    HostRows,
+    Rotations,
+    StreamedEpisodes,
+    kept,
+)
 from adaptax.tasks.sources import DataError, shown
 
 MEMORY_BUDGET = 4 * 2**30
@@ -49,14 +59,28 @@ def designs(
         treatment: other fields of `Design`.
 
     Raises:
-        DataError: if a count is not a number of things.
+        DataError: if a count is not a number of things, or rotations are not two that are known.
     """
     asked = {"way": way, "shot": shot, "query": query,
              "train_shot": train_shot, "train_query": train_query}  # fmt: skip
     for what, number in asked.items():
         least = 0 if what.endswith("query") else 1
-        if number is not None and number < least:
+        if number is None and what.startswith("train_"):
+            continue
+        if not isinstance(number, int | np.integer):
+            raise DataError(f"{what}={number!r}; expected an integer, at least {least}")
+        if number < least:
             raise DataError(f"{what}={number}; expected at least {least}")
+    known = get_args(Rotations)
+    if (
+        not isinstance(rotations, tuple | list)
+        or len(rotations) != 2
+        or not all(isinstance(each, str) and each in known for each in rotations)
+    ):
+        raise DataError(
+            f"rotations={rotations!r}; expected two of {', '.join(known)}: one for meta-training "
+            'and one for validation and test, such as ("random", "none")'
+        )
     train = Design(
         way,
         shot if train_shot is None else train_shot,
@@ -69,7 +93,7 @@ def designs(
 
 
 def make_splits(
-    array: Shaped[np.ndarray, "n ..."],
+    array: PyTree[Shaped[np.ndarray, "n ..."]],
     splits: Mapping[str, Classes],
     design: Mapping[str, Design],
     *,
@@ -84,7 +108,8 @@ def make_splits(
     """Distributions of episodes over classes of one array.
 
     Args:
-        array: all examples, `(n, ...)`; may be memory-mapped, and is then not read beyond need.
+        array: all examples, `(n, ...)`, or of several inputs a tree of such; may be
+            memory-mapped, and is then not read beyond need.
         splits: for train, val and test, the rows of every class.
         design: for each of them, what an episode is made of.
         name: of the data set.
@@ -98,7 +123,8 @@ def make_splits(
 
     Raises:
         DataError: if a split is missing, splits share classes, classes are too small, there are
-            fewer classes than ways, or rotations are asked of examples that cannot be turned.
+            fewer classes than ways, or rotations or `invert` are asked of examples that cannot be
+            turned or inverted.
 
     Warns:
         UserWarning: if a picture is in two splits.
@@ -112,12 +138,14 @@ def make_splits(
     for split, classes in splits.items():
         _check(array, split, classes, design[split])
     rows = sum(len(r) for classes in splits.values() for r in classes.values())
-    streamed = rows * array[:1].nbytes > memory_budget
-    if checksums is None and array.ndim > 2 and not streamed:
-        checksums = row_checksums(array)
-    if checksums is not None:
+    leaves = jax.tree.leaves(array)
+    each = sum(math.prod(a.shape[1:]) * kept(a.dtype).itemsize for a in leaves)
+    streamed = rows * each > memory_budget
+    if checksums is not None or not streamed:
         held = {split: np.concatenate(list(splits[split].values())) for split in NAMES}
-        warn_of_shared(array, checksums, held, name=name, names=names, shared=shared)
+        for a in _pictures(array):
+            sums = row_checksums(a) if checksums is None else checksums
+            warn_of_shared(a, sums, held, name=name, names=names, shared=shared)
     made: dict[str, TaskDistribution] = {}
     for split, classes in splits.items():
         index = np.concatenate(list(classes.values()))
@@ -135,15 +163,24 @@ def make_splits(
         if streamed:
             made[split] = StreamedEpisodes(bank=HostRows(array, index), **rest)
         else:
-            made[split] = Episodes(bank=jnp.asarray(_take(array, index)), **rest)
+            bank = jax.tree.map(lambda a, index=index: jnp.asarray(_take(a, index)), array)
+            made[split] = Episodes(bank=bank, **rest)
     return Splits(made["train"], made["val"], made["test"])
 
 
 def _take(array: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """`array[index]`, without a copy where the rows are consecutive."""
+    """`array[index]` as it is kept, without a copy where the rows are consecutive."""
     first = int(index[0])
     consecutive = np.array_equal(index, np.arange(first, first + len(index)))
-    return array[first : first + len(index)] if consecutive else array[index]
+    rows = array[first : first + len(index)] if consecutive else array[index]
+    return rows.astype(kept(array.dtype), copy=False)
+
+
+def _pictures(array: PyTree[np.ndarray]) -> list[np.ndarray]:
+    """What of the examples is pictures: the one array, or of several inputs the bytes."""
+    if isinstance(array, np.ndarray):
+        return [array] if array.ndim > 2 else []
+    return [a for a in jax.tree.leaves(array) if a.ndim > 3 and a.dtype == np.uint8]
 
 
 def check_disjoint(splits: Mapping[str, Classes], shared: Sequence[tuple[str, str]] = ()) -> None:
@@ -168,15 +205,21 @@ def split_by_fraction(
     """Classes split at random: sorted, shuffled by `random.Random(seed)`, cut in three.
 
     Raises:
-        DataError: if the fractions are not three that sum to at most 1.
+        DataError: if the fractions are not three that sum to at most 1, or the seed is no integer.
     """
-    if len(fractions) != 3 or min(fractions) < 0 or sum(fractions) > 1 + 1e-6:
+    if not isinstance(seed, int | np.integer):
+        raise DataError(f"seed={seed!r}; expected an integer, which names the split")
+    try:
+        sound = all(part >= 0 for part in fractions) and sum(fractions) <= 1 + 1e-6
+    except TypeError:
+        sound = False
+    if not sound or len(fractions) != 3:
         raise DataError(
-            f"splits={tuple(fractions)}; expected the fractions of the classes for train, val and "
+            f"splits={fractions!r}; expected the fractions of the classes for train, val and "
             "test, three numbers that sum to at most 1"
         )
     shuffled = sorted(names)
-    random.Random(seed).shuffle(shuffled)
+    random.Random(int(seed)).shuffle(shuffled)
     ends = [round(sum(fractions[:i]) * len(shuffled)) for i in range(4)]
     return {split: sorted(shuffled[a:b]) for split, a, b in zip(NAMES, ends, ends[1:])}
 
@@ -205,15 +248,24 @@ def _check_sizes(
     )
 
 
-def _check(array: np.ndarray, split: str, classes: Classes, design: Design) -> None:
+def _check(array: PyTree[np.ndarray], split: str, classes: Classes, design: Design) -> None:
     times = 4 if design.rotations == "classes" else 1
     if design.way > times * len(classes):
         raise DataError(
             f"way={design.way}, but the {split} split has {times * len(classes)} classes; "
             "lower way or give the split more classes"
         )
-    if design.rotations != "none" and (array.ndim != 4 or array.shape[1] != array.shape[2]):
+    leaves = jax.tree.leaves(array)
+    single = isinstance(array, np.ndarray)
+    square = single and array.ndim == 4 and array.shape[1] == array.shape[2]
+    if design.rotations != "none" and not square:
         raise DataError(
-            f"rotations={design.rotations!r} of examples of shape {array.shape[1:]}; "
-            "expected square images, (side, side, channels)"
+            f"rotations={design.rotations!r} of examples of shape "
+            f"{' and '.join(str(a.shape[1:]) for a in leaves)}; expected one array of square "
+            "images, (side, side, channels)"
+        )
+    if design.invert and not any(a.dtype == np.uint8 for a in leaves):
+        raise DataError(
+            f"invert=True of examples of type {' and '.join(str(a.dtype) for a in leaves)}; only "
+            "images of bytes, uint8, can be inverted"
         )

@@ -8,21 +8,38 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray, Shaped
+from jaxtyping import Array, Int, Int32, PRNGKeyArray, PyTree, Shaped
 
 from adaptax.task import Batch, HostTaskDistribution, Task, TaskDistribution
+from adaptax.tasks.sources import DataError
 
 Rotations = Literal["none", "random", "classes"]
 """`"classes"`: every quarter turn of a class is a class of its own. `"random"`: one random quarter
 turn for every class of an episode. `"none"`: images as they are."""
 
 Details = tuple[tuple[str, Hashable], ...]
+
+
+def kept(dtype: np.dtype) -> np.dtype:
+    """The type that examples of some type are kept in on the device.
+
+    Raises:
+        DataError: if they are no numbers.
+    """
+    if dtype in (np.uint8, np.bool_):
+        return np.dtype(dtype)
+    if jnp.issubdtype(dtype, jnp.integer):
+        return np.dtype(jax.dtypes.canonicalize_dtype(dtype))
+    if jnp.issubdtype(dtype, jnp.floating):
+        return np.dtype(np.float32)
+    raise DataError(f"examples of type {dtype}; expected numbers")
 
 
 class Plan(NamedTuple):
@@ -114,40 +131,48 @@ class Design:
         rows = draw(jax.random.split(for_rows, self.way), count[chosen])
         return Plan(start[chosen][:, None] + rows, turns)
 
-    def task(self, images: Shaped[Array, ...], turns: Int[Array, "*lead way"]) -> Task:
-        """Planned images as a task, rows ordered class by class, labels 0, ..., W−1."""
+    def task(self, examples: PyTree[Shaped[Array, ...]], turns: Int[Array, "*lead way"]) -> Task:
+        """Planned examples as a task, rows ordered class by class, labels 0, ..., W−1."""
         if self.rotations != "none":
-            images = rotate(images, turns)
-        inputs, axis = self.inputs(images), turns.ndim
-        support = jax.lax.slice_in_dim(inputs, 0, self.shot, axis=axis)
-        query = jax.lax.slice_in_dim(inputs, self.shot, self.shot + self.query, axis=axis)
-        return Task(self._batch(support, axis), self._batch(query, axis))
+            examples = rotate(examples, turns)
+        inputs, axis = self.inputs(examples), turns.ndim
+        ends = (0, self.shot, self.shot + self.query)
+        support, query = (
+            jax.tree.map(lambda a, b=b, e=e: jax.lax.slice_in_dim(a, b, e, axis=axis), inputs)
+            for b, e in pairwise(ends)
+        )
+        lead = turns.shape[:-1]
+        return Task(self._batch(support, lead, self.shot), self._batch(query, lead, self.query))
 
-    def inputs(self, images: Shaped[Array, "*any"]) -> Float[Array, "*any"]:
-        """Bytes as floats in [0, 1], normalised if asked; floats as they are."""
-        if images.dtype != jnp.uint8:
-            return images.astype(float)
+    def inputs(self, examples: PyTree[Shaped[Array, ...]]) -> PyTree[Shaped[Array, ...]]:
+        """Bytes as floats in [0, 1], normalised if asked; other numbers as they are.
+
+        Of several inputs, each by its own type.
+        """
+        return jax.tree.map(self._input, examples)
+
+    def _input(self, a: Shaped[Array, "*any"]) -> Shaped[Array, "*any"]:
+        if a.dtype != jnp.uint8:
+            return a.astype(float) if jnp.issubdtype(a.dtype, jnp.floating) else a
         # Inverted as bytes, scaled by one multiplication: the same bits compiled or not.
-        images = 255 - images if self.invert else images
-        inputs = images.astype(float) * (1 / 255)
+        a = 255 - a if self.invert else a
+        inputs = a.astype(float) * (1 / 255)
         if self.mean is not None and self.std is not None:
             inputs = (inputs - jnp.array(self.mean)) / jnp.array(self.std)
         return inputs
 
-    def _batch(self, inputs: Array, axis: int) -> Batch:
-        lead, each = inputs.shape[: axis - 1], inputs.shape[axis]
+    def _batch(self, inputs: PyTree, lead: tuple[int, ...], each: int) -> Batch:
         labels = jnp.repeat(jnp.arange(self.way, dtype=jnp.int32), each)
         shape = (*lead, self.way * each)
-        return Batch(
-            inputs.reshape(shape + inputs.shape[axis + 1 :]), jnp.broadcast_to(labels, shape)
-        )
+        x = jax.tree.map(lambda a: a.reshape(shape + a.shape[len(lead) + 2 :]), inputs)
+        return Batch(x, jnp.broadcast_to(labels, shape))
 
 
 class Episodes(TaskDistribution):
     """Episodes of a bank that lies on the device, drawn without leaving it.
 
     Args:
-        bank: all images (or feature vectors) of the split, `(rows, ...)`, class by class.
+        bank: all examples of the split, `(rows, ...)`, class by class; of several inputs, a tree.
         start: first row of every class, `(classes,)`.
         count: rows of every class, `(classes,)`.
         design: ways, shots, queries and treatment of images.
@@ -157,7 +182,7 @@ class Episodes(TaskDistribution):
         details: what else a report says of the data, as pairs.
     """
 
-    bank: Shaped[Array, "rows ..."]
+    bank: PyTree[Shaped[Array, "rows ..."]]
     start: Int32[Array, " c"]
     count: Int32[Array, " c"]
     design: Design = eqx.field(static=True)
@@ -173,7 +198,7 @@ class Episodes(TaskDistribution):
     def sample(self, key: PRNGKeyArray) -> Task:
         """The episode that this key names: x `(W·K, ...)` and `(W·Q, ...)`, y int32 in [0, W)."""
         plan = self.plan(key)
-        return self.design.task(self.bank[plan.rows], plan.turns)
+        return self.design.task(jax.tree.map(lambda a: a[plan.rows], self.bank), plan.turns)
 
     def describe(self) -> dict[str, Any]:
         """Name, ways, shots, queries, split, number of classes and details of the data."""
@@ -185,12 +210,18 @@ class HostRows:
     """Rows of an array on the host, possibly memory-mapped; compared by identity.
 
     Args:
-        array: `(n, ...)`; never touched but for the rows that are fetched.
+        array: `(n, ...)`, or a tree of such; never touched but for the rows that are taken.
         index: which rows of it make up the bank, class by class.
     """
 
-    array: Shaped[np.ndarray, "n ..."]
+    array: PyTree[Shaped[np.ndarray, "n ..."]]
     index: Int[np.ndarray, " rows"]
+
+    def take(self, rows: Int[np.ndarray, "*any"]) -> PyTree[Shaped[np.ndarray, ...]]:
+        """Examples by their rows of the bank, of the types that the device keeps."""
+        return jax.tree.map(
+            lambda a: a[self.index[rows]].astype(kept(a.dtype), copy=False), self.array
+        )
 
 
 class StreamedEpisodes(HostTaskDistribution):
@@ -215,8 +246,7 @@ class StreamedEpisodes(HostTaskDistribution):
 
     def fetch(self, plan: Plan) -> Task:
         """On the host: gather planned episodes, `(..., W·K, ...)` for leading axes `...`."""
-        rows = self.bank.index[np.asarray(plan.rows)]
-        return _assemble(self.design, self.bank.array[rows], plan.turns)
+        return _assemble(self.design, self.bank.take(np.asarray(plan.rows)), plan.turns)
 
     def describe(self) -> dict[str, Any]:
         """Name, ways, shots, queries, split, number of classes and details of the data."""
@@ -224,8 +254,8 @@ class StreamedEpisodes(HostTaskDistribution):
 
 
 @partial(jax.jit, static_argnums=0)
-def _assemble(design: Design, images: Array, turns: Array) -> Task:
-    return design.task(images, turns)
+def _assemble(design: Design, examples: PyTree, turns: Array) -> Task:
+    return design.task(examples, turns)
 
 
 def _describe(tasks: Episodes | StreamedEpisodes) -> dict[str, Any]:
