@@ -202,7 +202,7 @@ IMAGES = np.zeros((400, 4, 4, 1))
 
 
 def changed(value, *rows, dtype=np.float64):
-    x = X.astype(dtype)
+    x = abs(X).astype(dtype)
     x[list(rows), 1] = value
     return x
 

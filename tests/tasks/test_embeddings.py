@@ -184,6 +184,18 @@ def broken(path, name):
             rewritten(path, about={"format": "checkpoint"})
         case "version":
             rewritten(path, about={"version": 2})
+        case "class names":
+            rewritten(path, about={"classes": dict.fromkeys(COUNTS, "abcdef")})
+        case "class twice":
+            rewritten(path, about={"classes": dict.fromkeys(COUNTS, ["a"] * 6)})
+        case "backbone":
+            rewritten(path, about={"backbone": ["conv4"]})
+        case "deep":
+            save_file(load_file(path), path, {"adaptax": "[" * 10**6})
+        case "flipped bit":
+            data = bytearray(path.read_bytes())
+            data[-9] ^= 1
+            path.write_bytes(data)
         case "truncated":
             path.write_bytes(path.read_bytes()[:-100])
         case "cut in the header":
@@ -209,6 +221,11 @@ def broken(path, name):
         ("shared class", r"val and test splits share 1 classes \(test-1\)"),
         ("format", "holds no embeddings"),
         ("version", "version 2 of the format, and this is for 1"),
+        ("class names", "classes of the train split are no list of names"),
+        ("class twice", "train split has two classes of one name"),
+        ("backbone", "its backbone is no text"),
+        ("deep", "truncated or not a safetensors file .*recursion"),
+        ("flipped bit", "is damaged: what it holds does not agree with its checksum"),
         ("truncated", "truncated or not a safetensors file"),
         ("cut in the header", "truncated or not a safetensors file"),
         ("text", "truncated or not a safetensors file"),

@@ -1,6 +1,9 @@
 import gzip
+import io
 import json
 import os
+import struct
+import zipfile
 
 import equinox as eqx
 import jax
@@ -244,6 +247,10 @@ def test_the_list_of_the_release_says_which_assays_count(tmp_path, monkeypatch):
         assays.load(tmp_path)
 
 
+def line(active, bit=1):
+    return f'{{"fingerprints": [0, {bit}], "Property": {active}, "LogRegressionProperty": 1}}'
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -255,6 +262,12 @@ def test_the_list_of_the_release_says_which_assays_count(tmp_path, monkeypatch):
         ),
         ("[]", "TypeError"),
         ("", "ValueError|AxisError"),
+        pytest.param("[" * 10**6, "RecursionError", id="lists in lists"),
+        pytest.param('{"a":' * 10**6, "RecursionError", id="objects in objects"),
+        pytest.param(line(10**400), "OverflowError", id="a huge number"),
+        (line("null"), "lacks its Property"),
+        (line(1, "null"), "lacks its Property or a part"),
+        pytest.param(line(1, f'"{"x" * 10**6}"'), "ValueError", id="a long text"),
     ],
 )
 def test_broken_lines_of_the_release(tmp_path, line, message):
@@ -263,6 +276,16 @@ def test_broken_lines_of_the_release(tmp_path, line, message):
     with gzip.open(path, "wt") as file:
         file.write(line)
     with pytest.raises(DataError, match=rf"CHEMBL3.jsonl.gz cannot be read .*({message})"):
+        assays.load(tmp_path)
+    (tmp_path / "fsmol-0.1.json").write_text("[" * 10**6)
+    with pytest.raises(DataError, match=r"fsmol-0.1.json is not the list of FS-Mol's assays"):
+        assays.load(tmp_path)
+
+
+def test_a_file_of_the_release_that_unpacks_to_more_than_it_may(tmp_path, monkeypatch):
+    write_release(tmp_path, molecules())
+    monkeypatch.setattr(assays, "MAX_BYTES", 1000)
+    with pytest.raises(DataError, match="unpacks to more than 1000 bytes"):
         assays.load(tmp_path)
 
 
@@ -305,6 +328,88 @@ def test_broken_packed_files(tmp_path, arrays, message):
     with pytest.raises(DataError, match=message) as caught:
         fsmol(**ASKED, data_root=tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def member(path, name, data):
+    """The packed file with other bytes for one of its arrays."""
+    whole = path.read_bytes()
+    with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(path, "w") as new:
+        for info in old.infolist():
+            new.writestr(info.filename, data if info.filename == name else old.read(info))
+
+
+def header(text):
+    body = text.encode().ljust(118) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(body)) + body
+
+
+def declares(shape, descr="|u1"):
+    return header(f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}}}")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        declares((2**40, 256)),  # more than there is memory
+        declares((2**31, 2**31, 2**31)),
+        declares((-1, -64)) + bytes(64),
+        declares((3,)) + bytes(2),
+        declares((3,)) + bytes(9),
+        declares((1,), "|O") + b"cos\nsystem\n.",
+        declares((1,), "|V1") + bytes(1),
+        declares((4,), "<f4") + bytes(16),
+        header("(" * 110),
+        header("{}"),
+        b"\x93NUMPY\x09\x00" + bytes(200),
+        b"no array",
+        b"",
+    ],
+)
+def test_arrays_that_do_not_fill_what_they_declare(data, tmp_path):
+    path = tmp_path / "fsmol.npz"
+    np.savez(path, **molecules())
+    member(path, "fingerprint_bits.npy", data)
+    with pytest.raises(DataError, match="cannot be read as assays") as caught:
+        assays.read_packed(path)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "said"),
+    [(8, 1, "encrypted"), (10, 99, "compression|NotImplemented"), (6, 99, "version|Bad|NotImpl")],
+)
+def test_archives_that_cannot_be_unpacked(at, value, said, tmp_path):
+    """Flags, compression and version of every member, in the directory and before its data."""
+    path = tmp_path / "fsmol.npz"
+    np.savez(path, **molecules())
+    data = bytearray(path.read_bytes())
+    for mark, shift in ((b"PK\x01\x02", 0), (b"PK\x03\x04", -2)):
+        start = data.find(mark)
+        while start >= 0:
+            data[start + at + shift] = value
+            start = data.find(mark, start + 4)
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=f"cannot be read as assays .*({said})"):
+        assays.read_packed(path)
+
+
+def test_a_flipped_bit_is_found(data, tmp_path):
+    path = tmp_path / "fsmol" / "fsmol.npz"
+    whole = bytearray(path.read_bytes())
+    at = whole.find(data["log_activity"].tobytes()) + 40
+    assert at >= 40
+    whole[at] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(DataError, match=r"cannot be read as assays .*CRC"):
+        fsmol(**ASKED, data_root=tmp_path)
+
+
+def test_two_assays_of_one_name(tmp_path):
+    names = molecules()["task"]
+    names[1] = names[0]
+    np.savez(tmp_path / "data.npz", **broken(task=names))
+    with pytest.raises(DataError, match="has two assays of one name"):
+        fsmol(**ASKED, data_root=tmp_path)
 
 
 def test_a_truncated_packed_file(data, tmp_path):

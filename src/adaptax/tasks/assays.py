@@ -8,7 +8,6 @@ import io
 import json
 import math
 import warnings
-import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -21,6 +20,7 @@ from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from adaptax.io import write_atomic
 from adaptax.tasks import bank
 from adaptax.tasks.cache import cache_root
+from adaptax.tasks.npz import read_npz
 from adaptax.tasks.sources import DataError
 
 URL = "https://figshare.com/ndownloader/files/31345321"
@@ -51,6 +51,13 @@ class Assays:
 
 NAMES = tuple(field.name for field in fields(Assays))
 
+KINDS = {"task": "U", "split": "U", "offsets": "iu", "fingerprint_bits": "u", "log_activity": "f",
+         "active": "b"}  # fmt: skip
+"""Kinds of NumPy types of the arrays."""
+
+MAX_BYTES = 2**29
+"""Largest file of an assay, unpacked; those of the release are a tenth of that."""
+
 
 def load(root: Path) -> Assays:
     """All assays of all splits.
@@ -78,27 +85,15 @@ def read_packed(path: Path) -> Assays:
     Raises:
         DataError: if it is broken, or the arrays do not fit one another.
     """
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as packed:
-            arrays = {name: packed[name] for name in NAMES}
-    # A file that is no zip archive is loaded as an array, which is no context.
-    except (AttributeError, KeyError, TypeError, ValueError, EOFError, OSError,
-            zipfile.BadZipFile, zlib.error) as error:  # fmt: skip
-        raise DataError(
-            f"{path} cannot be read as assays ({error}); expected an npz file of "
-            f"{', '.join(NAMES)}, without pickles; fetch it again"
-        ) from error
-    return _checked(arrays, path)
+    return _checked(read_npz(path, KINDS, "assays"), path)
 
 
 def _checked(arrays: Mapping[str, np.ndarray], path: Path) -> Assays:
     """Refuse arrays that do not fit one another, splits that are missing or share an assay."""
     bits, ends = arrays["fingerprint_bits"], arrays["offsets"]
     names, folds = arrays["task"], arrays["split"]
-    kinds = {"fingerprint_bits": "u", "log_activity": "f", "active": "b", "offsets": "iu",
-             "task": "U", "split": "U"}  # fmt: skip
     sound = (
-        all(arrays[name].dtype.kind in kind for name, kind in kinds.items())
+        all(arrays[name].dtype.kind in kind for name, kind in KINDS.items())
         and bits.ndim == 2
         and bits.dtype == np.uint8
         and ends.ndim == 1
@@ -122,6 +117,8 @@ def _checked(arrays: Mapping[str, np.ndarray], path: Path) -> Assays:
     bank.check_disjoint(
         {split: dict.fromkeys(names[folds == fold].tolist(), none) for split, fold in FOLDS.items()}
     )
+    if len(set(names.tolist())) < len(names):
+        raise DataError(f"{path} has two assays of one name; give every assay its own")
     return Assays(**arrays)
 
 
@@ -153,8 +150,11 @@ def _listed(folder: Path, fold: str) -> list[Path]:
     if not table.is_file():
         return found
     try:
-        names = set(json.loads(table.read_text(encoding="utf-8"))[fold])
-    except (ValueError, KeyError, TypeError) as error:
+        names = json.loads(table.read_text(encoding="utf-8"))[fold]
+        if not isinstance(names, list):
+            raise TypeError(f"{fold} is no list")
+        names = set(names)
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         raise DataError(
             f"{table} is not the list of FS-Mol's assays, names by fold ({error}); fetch it again"
         ) from error
@@ -186,19 +186,27 @@ def _read_release(files: Mapping[str, Sequence[Path]]) -> dict[str, np.ndarray]:
 def _molecules(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Packed fingerprints, activities and labels of one assay; counts of fragments become bits."""
     try:
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            molecules = [json.loads(line) for line in lines if line.strip()]
-        counts = np.array([m["fingerprints"] for m in molecules], np.float32)
-        activity = [_number(m["LogRegressionProperty"]) for m in molecules]
-        active = [_number(m["Property"]) > 0.5 for m in molecules]
+        with gzip.open(path) as file:
+            text = file.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise ValueError(f"it unpacks to more than {MAX_BYTES} bytes")
+        molecules = [
+            (m["fingerprints"], _number(m["LogRegressionProperty"]), _number(m["Property"]))
+            for m in (json.loads(line) for line in text.splitlines() if line.strip())
+        ]
+        counts = np.array([prints for prints, _, _ in molecules], np.float32)
+        activity, active = np.array([rest for _, *rest in molecules]).T
+        if not np.isfinite(counts).all() or np.isnan(active).any():
+            raise ValueError("a molecule lacks its Property or a part of its fingerprint")
         bits = np.packbits(counts > 0, axis=1)
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, OverflowError,
+            RecursionError, MemoryError) as error:  # fmt: skip
         raise DataError(
-            f"{path} cannot be read as an assay ({type(error).__name__}: {error}); expected "
-            "gzipped lines of JSON with fingerprints, Property and LogRegressionProperty; fetch "
-            "it again"
+            f"{path} cannot be read as an assay ({type(error).__name__}: {str(error)[:200]}); "
+            "expected gzipped lines of JSON with fingerprints, Property and "
+            "LogRegressionProperty; fetch it again"
         ) from error
-    return bits, np.array(activity, np.float32), np.array(active, bool)
+    return bits, activity.astype(np.float32), active > 0.5
 
 
 def _name(path: Path) -> str:

@@ -14,7 +14,6 @@ Its metadata hold, under `"adaptax"`, a JSON object with `"format": "embeddings"
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -22,7 +21,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Shaped
-from safetensors import SafetensorError, safe_open
 
 from adaptax import io
 from adaptax.task import Splits
@@ -175,29 +173,33 @@ def read(path: str | os.PathLike) -> tuple[dict[str, tuple[Features, Rows]], dic
             "pretrained network"
         )
     try:
-        with safe_open(path, framework="numpy") as file:
-            about = json.loads((file.metadata() or {}).get("adaptax", "{}"))
-            names = set(file.keys())
-            arrays = {name: file.get_tensor(name) for name in sorted(names)}
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise DataError(
-            f"{path} is truncated or not a safetensors file ({error}); write it again"
-        ) from None
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        arrays, about = io.read(path)
+    except ValueError as error:
+        said = str(error).replace("a checkpoint", "a safetensors file")
+        raise DataError(f"{said}; `adaptax embed` writes such a file") from None
+    if about.get("format") != FORMAT:
         raise DataError(f"{path} holds no embeddings; expected a file that `adaptax embed` wrote")
     if about.get("version") != VERSION:
         raise DataError(
             f"{path} is of version {about.get('version')} of the format, and this is for "
             f"{VERSION}; write it again with this version of adaptax"
         )
-    _check_splits(path, {name.split("/")[0] for name in names})
+    _check_splits(path, {name.split("/")[0] for name in arrays})
+    if not isinstance(about.get("backbone"), str | None):
+        raise DataError(f"{path}: its backbone is no text; write it again")
     pairs = {}
     for split in NAMES:
         try:
             x, labels = arrays[f"{split}/embeddings"], arrays[f"{split}/labels"]
-            count = len(about["classes"][split])
+            names = about["classes"][split]
         except (KeyError, TypeError) as error:
             raise DataError(f"{path} lacks {error} of the {split} split; write it again") from None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise DataError(
+                f"{path}: the classes of the {split} split are no list of names; write it again"
+            )
+        if len(set(names)) < (count := len(names)):
+            raise DataError(f"{path}: the {split} split has two classes of one name; rename one")
         if (
             x.ndim != 2
             or x.dtype.kind != "f"

@@ -36,7 +36,7 @@ def kept(dtype: np.dtype) -> np.dtype:
     if dtype in (np.uint8, np.bool_):
         return np.dtype(dtype)
     if jnp.issubdtype(dtype, jnp.integer):
-        return np.dtype(jax.dtypes.canonicalize_dtype(dtype))
+        return np.dtype(jax.dtypes.canonicalize_dtype(dtype.newbyteorder("=")))
     if jnp.issubdtype(dtype, jnp.floating):
         return np.dtype(np.float32)
     raise DataError(f"examples of type {dtype}; expected numbers")
