@@ -236,3 +236,15 @@ def test_real_faces(real):
             both = has[np.concatenate([rows[:10], rows[10 + 6 * i : 16 + 6 * i]])][:, columns]
             y = np.concatenate([task.support.y, task.query.y[6 * i : 6 * i + 6]])
             assert (both == y[:, None].astype(bool)).all()
+
+
+def test_a_face_in_two_splits_is_reported_and_one_listed_twice_is_refused(small, tmp_path):
+    folder, _ = small
+    first, last = (folder / "img_align_celeba" / f"{row:06d}.png" for row in (3, 398))
+    last.write_bytes(first.read_bytes())
+    with pytest.warns(UserWarning, match="1 of test are in train, such as 000003.png and 000398"):
+        celeba(**ASKED, data_root=tmp_path)
+    table = folder / "list_attr_celeba.txt"
+    table.write_text(table.read_text().replace("000007.png", "000008.png"))
+    with pytest.raises(DataError, match=r"list_attr_celeba.txt lists 000008.png more than once"):
+        celeba(**ASKED, data_root=tmp_path)

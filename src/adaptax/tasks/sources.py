@@ -119,8 +119,8 @@ def open_files(where: Path, max_member: int | None = None) -> Iterator[Files]:
         archive = zipfile.ZipFile(where)
     except Exception as error:  # its directory may hold anything: versions, encodings, lengths
         raise DataError(
-            f"{shown(where)} is not a readable zip archive ({_said(error)}); delete it and fetch "
-            "it again"
+            f"{shown(where)} is not a readable zip archive ({_said(error)}); fetch it again, or "
+            "name a folder"
         ) from error
     with archive:
         yield _archive(where, archive, max_member or MAX_MEMBER)
