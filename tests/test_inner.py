@@ -147,6 +147,15 @@ def test_a_root_at_zero(name):
         assert np.allclose(jax.jacrev(jax.jacrev(safe))(0.3), derivative, rtol=1e-12)
 
 
+@pytest.mark.parametrize("rule", [optax.lamb(1.0), optax.lars(1.0)], ids=["lamb", "lars"])
+def test_norm_ratios_at_zero(rule):
+    """They jump there, and are finite."""
+    params = jnp.array([0.7, -0.4])
+    step = lambda grads: roots.safe(rule.update)(grads, rule.init(params), params)[0]
+    assert np.isfinite(jax.jacrev(step)(jnp.zeros(2))).all()
+    assert np.isfinite(jax.jacrev(jax.jacrev(step))(jnp.zeros(2))).all()
+
+
 def test_roots_anywhere_in_a_rule():
     """In control flow, under transformations, in third order; a rule of one's own keeps its."""
 

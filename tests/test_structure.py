@@ -14,14 +14,14 @@ SOURCE = ROOT / "src" / "adaptax"
 
 # A module imports from its own floor or from those before it.
 FLOORS = [
-    {"task", "tree", "program", "rewrite", "roots"},
+    {"task", "tree", "program", "rewrite", "roots", "watch"},
     {"losses", "conv", "metrics", "io", "svgd", "augment", "process"},
     {"inner", "batch_norm"},
     {"learner"},
     {"algorithms", "tasks", "models", "bridge"},
     {"mapping", "feed", "run"},
     {"scoring"},
-    {"evaluate"},
+    {"evaluate", "divergence"},
     {"train", "testing", "rl"},
     {"pretrain"},
     {"recipes", "report", "analysis"},

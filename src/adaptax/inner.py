@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from . import roots, tree
+from . import roots, tree, watch
 from .losses import Loss
 from .task import Model, Source
 
@@ -121,6 +121,7 @@ def run(
         raise ValueError(f"the inner loop takes 0 or more steps, not {steps}")
     rule = sgd(lr) if optimizer is None else optimizer
     start, fixed = eqx.partition(model, tree.adaptable(model, adapt_only))
+    watch.begin()
     update = roots.safe(rule.update)
     seen = view or (lambda model, step: model)
 
@@ -132,12 +133,18 @@ def run(
             params, rest, source = stop((params, rest, source))
         now = source.at(step) if hasattr(source, "at") else source
         batch = now.draw(seen(eqx.combine(params, rest), step), jax.random.fold_in(key, step))
-        return jax.grad(lambda p: loss(seen(eqx.combine(p, rest), step), batch))(params)
+        value, grads = jax.value_and_grad(lambda p: loss(seen(eqx.combine(p, rest), step), batch))(
+            params
+        )
+        watch.note(step, support_inputs=batch.x, support_targets=batch.y, support_loss=value,
+                   inner_gradient=grads)  # fmt: skip
+        return grads
 
     def step(carry: PyTree, i: Any) -> tuple[PyTree, PyTree]:
         params, state = carry
         updates, state = update(gradient(params, i), state, params)
         params = optax.apply_updates(params, updates)
+        watch.note(i, adapted_weights=params)
         return (params, state), params if keep_path else None
 
     carry = (start, rule.init(start) if state is None else state)

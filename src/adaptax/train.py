@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from . import feed, io, tree
 from .conv import FastPath
+from .divergence import Cause, diagnose
 from .evaluate import Evaluator
 from .learner import Meta, MetaLearner
 from .mapping import (
@@ -36,15 +37,16 @@ from .task import Model, Splits, Task, TaskDistribution
 
 
 class TrainingDiverged(FloatingPointError):
-    """A meta-step gave a loss or a gradient that is not finite.
+    """A meta-step gave a loss, a gradient or new meta-parameters that are not finite.
 
     Args:
-        message: what happened and what to do.
+        cause: what was not finite first, of which task; the message says it, and what to do.
         result: the outcome up to the last good step.
     """
 
-    def __init__(self, message: str, result: Result):
-        super().__init__(message)
+    def __init__(self, cause: Cause, result: Result):
+        super().__init__(str(cause))
+        self.cause = cause
         self.result = result
 
 
@@ -187,8 +189,9 @@ def fit(
     Raises:
         ValueError: for arguments that make no sense, a test split in `validate`, or a run that
             cannot be resumed with them.
-        TrainingDiverged: when a loss or gradient is not finite. Its `result` holds the last good
-            state, which the run folder keeps too.
+        TrainingDiverged: when a loss, a gradient or a step is not finite. Its `cause` says which
+            was first, of which task; its `result` holds the last good state, which the run folder
+            keeps too.
     """
     check_not_forked()
     if isinstance(tasks, Splits) or isinstance(validate, Splits):
@@ -287,12 +290,16 @@ def fit(
             if watch is not None:
                 watch(record)
             if diverged:
-                raise TrainingDiverged(
-                    f"the loss or its gradient was not finite at meta-step {int(state.step) + 1}; "
-                    "the state before it is kept. Lower the inner or outer step size, clip the "
-                    "gradient (optax.clip), or look for NaN in the data",
-                    outcome("diverged"),
-                )
+                done, failed = int(state.step), None
+                try:
+                    cause = diagnose(
+                        fast_learner, state.meta, fixed, tasks, loaded, done - start,
+                        key=learner_key, step=done, steps=steps, optimizer=outer or optimizer,
+                        opt_state=state.opt_state,
+                    )  # fmt: skip
+                except Exception as error:  # the replay is no reason to lose the result
+                    cause, failed = Cause(done + 1, "loss or its gradient"), error
+                raise TrainingDiverged(cause, outcome("diverged")) from failed
             if exhausted():
                 stopped = "early"
                 break
@@ -372,7 +379,8 @@ def _program(
         )
         updates, opt_state = optimizer.update(grads, opt_state, trained)
         logs = {"loss": loss, "gradient_norm": tree.norm(grads), **metrics}
-        return (optax.apply_updates(trained, updates), opt_state), tree.finite(grads), logs
+        new = optax.apply_updates(trained, updates)
+        return (new, opt_state), tree.finite((grads, new)), logs
 
     def given_step(
         outer: Outer, tasks: TaskDistribution, key: PRNGKeyArray, state: PyTree, loaded: PyTree
