@@ -186,6 +186,10 @@ def test_pictures_of_formats_that_are_not_read_are_named(tmp_path, suffix):
     (tmp_path / "c3" / f"photo.{suffix}").write_bytes(b"<svg/>")
     with pytest.raises(DataError, match=rf"1 pictures are of a format .* first c3/photo.{suffix}"):
         folder(tmp_path, **ASKED)
+    for path in tmp_path.rglob("*.png"):
+        path.rename(path.with_suffix(f".{suffix}"))
+    with pytest.raises(DataError, match="31 pictures are of a format that is not read"):
+        folder(tmp_path, **ASKED)
 
 
 def test_several_frames_are_said(tmp_path):

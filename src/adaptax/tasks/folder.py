@@ -81,7 +81,7 @@ def folder(
     where = Path(path).expanduser()
     with sources.open_files(where) as files:
         names = [n for n in files.names if images.is_image(n) or images.is_unread(n)]
-        if not any(map(images.is_image, names)):
+        if not names:
             raise DataError(
                 f"{shown(where)} holds no images ({len(files.names)} other files); expected "
                 "class/image.png or train/class/image.png"
