@@ -6,6 +6,7 @@ import json
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -282,6 +283,12 @@ def test_fit_refuses_a_selection_before_it_trains(select, said):
 def test_scores_are_numbers_by_name(scores, said):
     with pytest.raises(ValueError, match=said):
         evaluated(bce, labels, model(3), scores=scores)
+
+
+def test_scores_are_a_function(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match="scores is a function of predictions and targets, not 'a"):
+        evaluated(bce, labels, model(3), scores="accuracy")
 
 
 def test_binary_cross_entropy_by_hand():

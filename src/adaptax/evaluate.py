@@ -252,6 +252,8 @@ class Evaluator:
             raise ValueError(f'noise is a positive standard deviation or "learned", not {noise!r}')
         if steps is not None and steps < 0:
             raise ValueError(f"steps is 0 or more, not {steps}")
+        if scores is not None and not callable(scores):
+            raise ValueError(f"scores is a function of predictions and targets, not {scores!r}")
         if select is not None:
             scoring.sign_of(select)
         self.learner, self.tasks, self.episodes = (

@@ -290,6 +290,7 @@ def test_errors_are_one_clear_sentence(x, labels, arguments, message):
         ({"way": "5"}, "way='5'; expected an integer, at least 1"),
         ({"shot": 1.5}, "shot=1.5; expected an integer"),
         ({"query": None}, "query=None; expected an integer"),
+        ({"memory_budget": "1GB"}, "memory_budget='1GB'; expected a number of bytes"),
         ({"splits": None}, "splits=None; expected the fractions"),
         ({"splits": (0.5, "a", 0.1)}, "expected the fractions"),
         ({"splits": (0.5, float("nan"), 0.1)}, "expected the fractions"),

@@ -138,6 +138,8 @@ def make_splits(
     for split, classes in splits.items():
         _check(array, split, classes, design[split])
     rows = sum(len(r) for classes in splits.values() for r in classes.values())
+    if not isinstance(memory_budget, int | float | np.integer):
+        raise DataError(f"memory_budget={memory_budget!r}; expected a number of bytes")
     leaves = jax.tree.leaves(array)
     each = sum(math.prod(a.shape[1:]) * kept(a.dtype).itemsize for a in leaves)
     streamed = rows * each > memory_budget
