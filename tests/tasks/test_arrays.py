@@ -248,6 +248,7 @@ EARLY, LATE = (X[Y < 10], Y[Y < 10]), (X[Y >= 10], Y[Y >= 10])
         (np.float32(1), Y, {}, r"examples of shape \(\) and labels of shape \(400,\); expected"),
         (None, Y, {}, "examples of shape none"),
         ({}, Y, {}, "examples of shape none"),
+        ({}, None, {}, "found no splits; expected train, val and test"),
         ({1: X, "a": X}, Y, {}, "inputs cannot be put in order"),
         ("text", Y, {}, r"examples of shape \(\)"),
         ([[1, 2], [3]], [0, 1], {}, r"x: a list is no array \(.*inhomogeneous.*as many in each"),

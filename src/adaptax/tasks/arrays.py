@@ -114,6 +114,8 @@ def _from_splits(x: dict[Any, Any]) -> tuple[PyTree, dict[str, dict[str, np.ndar
                 f"{split}: given a {type(pair).__name__}{held}; expected the pair (x, labels) of "
                 "each of train, val and test, or labels= beside a dict of inputs"
             )
+    if not x:
+        raise DataError("found no splits; expected train, val and test")
     pairs = {split: _pair(str(split), *pair) for split, pair in x.items()}
     kinds = {(jax.tree.structure(inputs), _described(inputs)) for inputs, _ in pairs.values()}
     if len(kinds) > 1:
