@@ -20,7 +20,7 @@ import adaptax
 from adaptax.cli import ablation, commands, comparison, main, options
 from adaptax.cli.inspection import image_format, load
 from adaptax.cli.progress import Watcher, watching
-from adaptax.recipes import ALGORITHMS, RECIPES, TASKS, Experiment, bayesian, book
+from adaptax.recipes import ALGORITHMS, RECIPES, TASKS, Experiment, bayesian, book, changed
 from adaptax.tasks import glyphs, images
 
 SINE = ["train", "maml", "sinusoid", "--steps", "20", "--episodes", "6", "--set",
@@ -216,12 +216,16 @@ def test_predict_prints_a_table(image_run, here, capsys):
 def test_images_are_prepared_as_in_training(here):
     experiment = book.closest("maml", "omniglot")
     form = image_format(experiment)
-    assert (form.size, form.channels, form.resample, form.design.invert) == (28, 1, "lanczos", True)
+    assert (form.size, form.channels, form.resample, form.design.invert) == (28, 1, "nearest", True)
     assert not image_format(experiment, invert=True).design.invert
-    form = image_format(book.closest("reptile", "omniglot"))
-    assert (form.resample, form.design.invert) == ("nearest", False)
-    form = image_format(book.closest("reptile", "mini_imagenet"))
-    assert (form.size, form.channels, form.resample) == (84, 3, "bicubic")
+    grey = changed(experiment, {"task": {"resample": "lanczos"}})
+    assert image_format(grey).resample == "lanczos"
+    for algorithm in ("reptile", "maml++"):
+        form = image_format(book.closest(algorithm, "omniglot"))
+        assert (form.resample, form.design.invert) == ("nearest", False)
+        form = image_format(book.closest(algorithm, "mini_imagenet"))
+        assert (form.size, form.channels, form.resample) == (84, 3, "nearest")
+        assert (form.design.mean is not None) == (algorithm == "maml++")
     Image.fromarray(np.full((50, 30), 255, np.uint8)).save(here / "white.png")
     data = (here / "white.png").read_bytes()
     form = image_format(experiment)
@@ -406,6 +410,14 @@ def test_recipes_list_and_show(capsys):
     text = capsys.readouterr().out
     assert '"inner_lr": 2.0' in text
     assert "RECIPES[" in text
+    assert main(["recipes", "show", "maml-omniglot-5w1s-short"]) == 0
+    printed = capsys.readouterr().out
+    assert "60,000" in printed
+    assert "stride 2" not in printed  # the authors'
+    assert main(["recipes", "show", "maml-omniglot-5w1s-short", "--json"]) == 0
+    rows = {row["setting"]: row for row in json.loads(capsys.readouterr().out)["settings"]}
+    assert rows["meta-steps"]["here"] == "12,000"
+    assert rows["how a block halves the image"]["same"]
     assert main(["recipes", "show", "platipus-mini_imagenet-5w1s-short"]) == 0
     text = capsys.readouterr().out
     assert "first = start.train(" in text

@@ -231,15 +231,21 @@ def test_no_epoch_is_late_by_rounding(total):
     assert np.array_equal(phase, 0 + (epoch >= total // 10) + (epoch >= total // 5))
 
 
-def test_the_gradient_is_clipped_and_the_statistics_are_not():
+def test_the_gradient_is_clipped_but_not_the_rates_nor_the_statistics():
     learner = MAMLPlusPlus(quadratic, clip=10.0, cosine_annealing=False)
-    meta = {"model": jnp.zeros(3), "norm_statistics": {"norm/mean": jnp.zeros((5, 1))}}
+    meta = {"model": jnp.zeros(3), "norm_statistics": {"norm/mean": jnp.zeros((5, 1))},
+            "rates": {"": jnp.zeros(5)}}  # fmt: skip
+    free = optax.adam(1e-3)
+    free_state = free.init(meta["rates"])
     rule, plain = learner.optimizer(10), optax.chain(optax.clip(10.0), optax.adam(1e-3))
     state, plain_state = rule.init(meta), plain.init(meta["model"])
     for size in (1e6, 1.0):
         grads = {"model": jnp.array([size, -1.0, 2.0]),
-                 "norm_statistics": {"norm/mean": jnp.full((5, 1), size)}}  # fmt: skip
+                 "norm_statistics": {"norm/mean": jnp.full((5, 1), size)},
+                 "rates": {"": jnp.full(5, size)}}  # fmt: skip
         updates, state = rule.update(grads, state, meta)
+        rates, free_state = free.update(grads["rates"], free_state)
+        assert np.allclose(updates["rates"][""], rates[""], rtol=1e-14)
         expected, plain_state = plain.update(grads["model"], plain_state)
         assert np.allclose(updates["model"], expected, rtol=1e-14)
         assert np.allclose(updates["norm_statistics"]["norm/mean"], -size, rtol=1e-14)

@@ -154,6 +154,7 @@ def test_conv4_of_the_papers(name):
     assert tree.count(model) == parameters
     spread = 1.0 if name == "maml omniglot" else (2 / (features + 5)) ** 0.5
     close(model.head.weight.std(), spread, 0.1)
+    assert model.blocks[0][1].eps == (1e-5 if "++" in name else 1e-3)
 
 
 def test_a_leaky_relu_lets_a_little_through():

@@ -1,6 +1,9 @@
 """Recipes: every one can be built, and they are the papers' tables."""
 
+import dataclasses
 import json
+from fnmatch import fnmatchcase
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -22,9 +25,11 @@ from adaptax.recipes import (
     TITLES,
     Experiment,
     ablated,
+    authors,
     closest,
     comparable,
     demand,
+    effective,
 )
 
 KEY = jax.random.key(0)
@@ -109,7 +114,8 @@ def test_maml_tables(data, way, shot, rate, steps, eval_steps, meta_batch, accur
         assert experiment.outer["adam"] == 1e-3
         assert experiment.evaluation == {"episodes": 600}
         mini = data == "mini_imagenet"
-        assert experiment.outer.get("clip") == (10.0 if mini else None)
+        # 10 on the sum over 75 queries divided by the shots.
+        assert experiment.outer.get("clip") == (pytest.approx(10 * shot / 75) if mini else None)
         assert task.get("train_query") == (15 if mini else None)
 
 
@@ -130,7 +136,7 @@ def test_reptile_tables(data, way, shot, rate, batch, steps, train_shot, eval_ba
     assert all(printed in RECIPES[name].paper for printed in both)
     assert (task["shot"], task["query"]) == (shot, 1)
     assert (task["train_shot"], task["train_query"]) == (train_shot, 0)
-    assert learner["inner_adam"] == rate
+    assert (learner["inner_adam"], learner["reduction"]) == (rate, "sum")
     assert (learner["inner_batch"], learner["inner_steps"]) == (batch, steps)
     assert (learner["eval_batch"], learner["eval_steps"]) == (eval_batch, 50)
     assert (experiment.steps, experiment.meta_batch) == (total, 5)
@@ -142,9 +148,9 @@ def test_reptile_tables(data, way, shot, rate, batch, steps, train_shot, eval_ba
     ("data", "way", "shot", "rate", "annealed", "meta_batch", "filters", "accuracy"),
     [
         ("omniglot", 5, 1, 0.1, 20, 16, 64, "99.47"),
-        ("omniglot", 5, 5, 0.1, 20, 8, 64, "99.85 or 99.93"),
+        ("omniglot", 5, 5, 0.1, 20, 16, 64, "99.85 or 99.93"),
         ("omniglot", 20, 1, 0.1, 20, 16, 64, "97.65 ± .05"),
-        ("omniglot", 20, 5, 0.1, 20, 8, 64, "99.33 ± .03"),
+        ("omniglot", 20, 5, 0.1, 20, 16, 64, "99.33 ± .03"),
         ("mini_imagenet", 5, 1, 0.01, 50, 4, 32, "52.15 ± .26"),
         ("mini_imagenet", 5, 5, 0.01, 50, 2, 32, "68.32 ± .44"),
     ],
@@ -168,6 +174,7 @@ def test_maml_plus_plus_tables(data, way, shot, rate, annealed, meta_batch, filt
     assert model.head.weight.shape == (800 if mini else 64, way)
     assert (model.blocks[0][0].weight.shape[-1], model.slope) == (filters, 0.01)
     assert model.blocks[0][1].scale is not None
+    assert all(norm.eps == 1e-5 for _, norm in model.blocks)
 
 
 def test_bayesian_tables():
@@ -227,7 +234,11 @@ def test_sinusoids():
     assert (task["shot"], task["query"], experiment.test_task["shot"]) == (10, 10, 5)
     assert learner == {"inner_lr": 0.01, "inner_steps": 1, "eval_steps": 10}
     assert (experiment.steps, experiment.meta_batch) == (70_000, 25)
-    assert experiment.network == {"mlp": [40, 40]}
+    assert experiment.network == {"mlp": [40, 40], "init": "truncated"}
+    assert 0 < float(jnp.abs(experiment.model().layers[1].weight).max()) <= 0.02
+    ours = RECIPES["maml-sinusoid-glorot"].experiment
+    assert ours == dataclasses.replace(experiment, network={"mlp": [40, 40]})
+    assert closest("maml", "sinusoid") == comparable("maml", "sinusoid") == ours
     assert PAPER_CURVES["maml"] == {1: 0.67, 5: 0.38, 10: 0.35}
     assert PAPER_CURVES["pretrained"] == {1: 2.41, 5: 2.23, 10: 2.19}
     reptile = RECIPES["reptile-sinusoid"].experiment
@@ -350,3 +361,52 @@ def test_settings_that_do_not_exist(changes, said):
 
     with pytest.raises(ValueError, match=said):
         build()
+
+
+def test_the_page_has_what_the_command_prints():
+    """Every recipe's rows of `recipes show` are in docs/recipes.md, and it has no others."""
+    page = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    table = authors.table()
+    assert table in page, "run: python -m adaptax.recipes.authors docs/recipes.md"
+    for name in RECIPES:
+        rows = authors.compare(name)
+        assert rows, f"nothing is known of {name}"
+        for row in rows:
+            assert f"| {row.setting} |" in table
+            assert f"| {row.here} |" in table
+
+
+def test_every_fact_is_about_some_recipe_and_a_setting_that_it_has():
+    for fact in (fact for section in authors.facts().values() for fact in section):
+        names = [name for name in RECIPES if fact.concerns(name)]
+        assert names, fact
+        assert all(any(fnmatchcase(name, one) for name in RECIPES) for one in fact.recipes), fact
+        if fact.at:
+            section, _, key = fact.at.rpartition(".")
+            found = [effective(RECIPES[name].experiment) for name in names]
+            assert any(key in (one[section] if section else one) for one in found), fact
+
+
+def test_recipes_at_full_length_have_the_authors_settings_but_for_those_that_are_said():
+    """What a recipe changes is on this list, so that nothing is changed by accident."""
+    known = {
+        "queries of a test task", "test tasks", "initial weights", "first order",
+        "trajectories that the curvature is estimated from",
+    }  # fmt: skip
+    for name in RECIPES:
+        if not name.endswith("-short"):
+            facts = [f for section in authors.facts().values() for f in section if f.concerns(name)]
+            assert {f.setting for f in facts if f.at and not f.row(name).same} <= known, name
+    rows = {row.setting: row for row in authors.compare("maml-sinusoid")}
+    assert rows["initial weights"].same
+    rows = {row.setting: row for row in authors.compare("maml-navigation-script")}
+    assert rows["trajectories that the curvature is estimated from"].same
+
+
+def test_a_short_recipe_says_all_that_it_changes():
+    rows = {row.setting: row for row in authors.compare("maml++-omniglot-20w1s-short")}
+    assert rows["meta-steps"] == ("meta-steps", "125,000", "1,000", False)
+    assert not rows["how a block halves the image"].same
+    rows = {row.setting: row for row in authors.compare("platipus-mini_imagenet-5w1s-short")}
+    assert rows["init_from"].here == "maml of 600 meta-steps"
+    assert rows["network.image"].here == "42 / 42 / 3"

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from image_files import write_images, zip_folder
+from PIL import Image
 
 from adaptax.tasks import DataError, omniglot
 
@@ -41,12 +42,30 @@ def test_the_seed_fixes_the_split(small):
 
 
 def test_ink_is_one_for_maml_and_paper_is_one_for_the_others(small):
-    asked = {"way": 1, "shot": 1, "query": 3, "data_root": small, "resample": "nearest"}
+    asked = {"way": 1, "shot": 1, "query": 3, "data_root": small}
     dark, light = omniglot(**asked, protocol="maml"), omniglot(**asked, protocol="maml++")
     assert dark.train.design.invert
     assert not light.train.design.invert
-    assert (dark.train.design.rotations, dark.test.design.rotations) == ("classes", "random")
+    assert (dark.train.design.rotations, dark.test.design.rotations) == ("random", "random")
     assert (light.train.design.rotations, light.test.design.rotations) == ("random", "none")
+
+
+@pytest.mark.parametrize("protocol", ["maml", "reptile", "maml++"])
+def test_drawings_of_one_bit_stay_binary_as_pillow_resizes_them(small, protocol):
+    numbers, theirs = np.random.default_rng(0), set()
+    for path in small.rglob("*.png"):
+        drawing = Image.fromarray(numbers.random((105, 105)) < 0.9)  # of one bit, as Omniglot's
+        drawing.save(path)
+        for wanted in (Image.Resampling.LANCZOS, Image.Resampling.BICUBIC):
+            resized = drawing.resize((28, 28), resample=wanted)
+            theirs.add((np.asarray(resized.convert("L")) == 255).tobytes())
+    asked = {"way": 1, "shot": 1, "query": 3, "data_root": small, "protocol": protocol}
+    ours = omniglot(**asked)
+    assert {(image == 255).tobytes() for image in np.asarray(ours.test.bank)} <= theirs
+    assert len(theirs) == len(list(small.rglob("*.png")))
+    assert ("resample", "nearest") in ours.test.details
+    grey = omniglot(**asked, resample="lanczos")
+    assert len(np.unique(grey.test.bank)) > 10
 
 
 def test_errors(small, no_data):
@@ -86,11 +105,9 @@ def real(real_data, tmp_path_factory):
 
 def test_real_omniglot(real):
     splits = omniglot(query=3, data_root=real)
-    assert [s.describe()["classes"] for s in (splits.train, splits.val, splits.test)] == [
-        4400,
-        100,
-        423,
-    ]
+    counts = [s.describe()["classes"] for s in (splits.train, splits.val, splits.test)]
+    assert counts == [1100, 100, 423]
+    assert set(np.unique(splits.test.bank)) == {0, 255}
     assert splits.test.bank.shape == (423 * 4, 28, 28, 1)
     task = splits.test.sample(KEY)
     assert task.query.x.shape == (15, 28, 28, 1)
@@ -102,7 +119,6 @@ def test_real_omniglot(real):
     ("protocol", "sizes"), [("reptile", [1200, 1200, 423]), ("maml++", [1150, 50, 423])]
 )
 def test_real_splits_of_the_other_papers(real, protocol, sizes):
-    # Lanczos for both: the drawings are then decoded already.
-    splits = omniglot(query=3, data_root=real, protocol=protocol, resample="lanczos")
+    splits = omniglot(query=3, data_root=real, protocol=protocol)
     assert [len(s.classes) for s in (splits.train, splits.val, splits.test)] == sizes
     assert float(splits.train.sample(KEY).query.x.mean()) > 0.8

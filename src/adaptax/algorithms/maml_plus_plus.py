@@ -75,7 +75,8 @@ class MAMLPlusPlus(MetaLearner):
         inner_lr: where every rate starts.
         multi_step_loss: fraction of meta-training that anneals it (50 of 250 epochs in the code).
         derivative_order_annealing: fraction of meta-training in first order (the paper has 50
-            epochs; the code's examples 80 of 150, or none).
+            epochs; the code's examples 80 of 150, or none). The code turns to second order after
+            the epoch it is given, counted from 0: 50 is 51 epochs in first order.
         per_step_batch_norm_statistics: `"paper"`, `"code"` or `None`.
         per_step_batch_norm_weights: a scale and shift for each step.
         learned_rates: train the rates.
@@ -83,7 +84,8 @@ class MAMLPlusPlus(MetaLearner):
         eval_steps: steps that `adapt` takes; as many as in training if `None`.
         outer_lr: of Adam, at the start.
         outer_lr_min: of Adam, at the end of the annealing.
-        clip: bound on every entry of the meta-gradient; 10 in the code for miniImageNet.
+        clip: bound on every entry of the meta-gradient but the rates'; 10 in the code for
+            miniImageNet.
         epochs: let the schedules move so many times in meta-training, as in the code.
         head: what every task starts from below `head_path`: the learned weights (`"free"`), the
             same weights for every way (`"tied"`, their mean over the last axis), or zeros.
@@ -192,15 +194,20 @@ class MAMLPlusPlus(MetaLearner):
         return value + _product(away, update)
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
-        """Adam, annealed and clipped as asked; running statistics follow their own updates."""
+        """Adam, annealed and clipped as asked; running statistics follow their own updates.
+
+        The learned rates are not clipped: the code clips what is the network's.
+        """
         rate: Any = self.outer_lr
         if self.cosine_annealing:
             cosine = optax.cosine_decay_schedule(
                 self.outer_lr, 1, alpha=self.outer_lr_min / self.outer_lr
             )
             rate = lambda step: cosine(self._in_epochs(step / steps))  # noqa: E731
-        clip = [] if self.clip is None else [optax.clip(self.clip)]
-        adam = optax.chain(*clip, optax.adam(rate))
+        adam = optax.adam(rate)
+        if self.clip is not None:
+            clipped = lambda meta: {name: name != "rates" for name in meta}  # noqa: E731
+            adam = optax.chain(optax.masked(optax.clip(self.clip), clipped), adam)
         if not self.per_step_batch_norm_statistics:
             return adam
         labels = lambda meta: {  # noqa: E731

@@ -29,9 +29,12 @@ class Reptile(MetaLearner):
     Paper and code. The experiments' inner rule is Adam without momentum,
     `inner_optimizer=adaptax.inner.adam(lr)`. The released code keeps Adam's second moments and
     step count from task to task, and starts evaluation from them: `carry_state=True` (with a
-    meta-batch of n tasks we carry their mean, the code the last one's). Its loss sums over the
-    minibatch; Adam does not notice. It samples no query set: use tasks with `train_query=0` and
-    more `train_shot`, or `include_query=True`. Batch normalisation's parameters are adapted.
+    meta-batch of n tasks we carry the mean of theirs, the code the last one's). Its loss sums over
+    the minibatch, `reduction="sum"`. With fresh moments Adam does not notice; with moments carried
+    into a test whose minibatches have another size it does: after training on ten images a step, a
+    sum over five takes half the step of a mean. It samples no query set: use tasks with
+    `train_query=0` and more `train_shot`, or `include_query=True`. Batch normalisation's
+    parameters are adapted.
 
     Not all inner gradients `g_1 … g_k` need count: with `skip=s` the goal is `θ + U_k − U_s`, and
     θ moves along `g_{s+1} + … + g_k`. With `skip=k−1` that is the last gradient alone, first-order

@@ -8,7 +8,7 @@ from typing import Any
 from rich.syntax import Syntax
 from rich.table import Table
 
-from ..recipes import RECIPES, Recipe
+from ..recipes import RECIPES, Recipe, authors
 from .settings import recipe
 from .training import consoles
 
@@ -27,14 +27,22 @@ def show_all(as_json: bool) -> None:
 
 
 def show(name: str, as_json: bool) -> None:
-    """One recipe: its settings, and Python that does the same."""
-    found = recipe(name)
+    """One recipe: what it does otherwise than its authors, its settings, and Python for it."""
+    found, rows = recipe(name), authors.compare(name)
     if as_json:
-        print(json.dumps(_to_json(found), indent=2, ensure_ascii=False))
+        content = {**_to_json(found), "settings": [row._asdict() for row in rows]}
+        print(json.dumps(content, indent=2, ensure_ascii=False))
         return
     out = consoles()[0]
     out.print(f"[bold]{found.name}[/bold]: {found.about}", soft_wrap=True)
     out.print(f"paper: {found.paper}\n", soft_wrap=True)
+    table = Table(title=f"{sum(row.same for row in rows)} settings are the authors'; others are:")
+    for heading in ("setting", "authors", "here"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        if not row.same:
+            table.add_row(row.setting, row.authors, row.here)
+    out.print(table)
     for text, language in (
         (json.dumps(found.experiment.to_json(), indent=2, ensure_ascii=False), "json"),
         (python(found), "python"),

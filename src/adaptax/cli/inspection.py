@@ -12,7 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from ..learner import Meta
-from ..recipes import ENVIRONMENTS, REGRESSIONS, Experiment
+from ..recipes import ENVIRONMENTS, REGRESSIONS, Experiment, effective
 from ..run import Run
 from ..task import Batch
 from ..tasks import images, sources
@@ -133,19 +133,16 @@ def image_format(experiment: Experiment, invert: bool = False) -> ImageFormat:
         experiment: on images.
         invert: the other way round: for images that are light where those were dark.
     """
-    task, tasks = experiment.task, experiment.tasks
-    protocol = task.get("protocol", "maml")
-    resample = task.get("resample") or (
-        "nearest" if tasks == "omniglot" and protocol == "reptile" else "lanczos"
-    )
-    size = task.get("image_size", 28 if tasks in ("omniglot", "glyphs") else 84)
-    channels = {"folder": task.get("channels", 3), "mini_imagenet": 3}.get(tasks, 1)
-    inverted = protocol == "maml" if tasks == "omniglot" else task.get("invert", False)
+    task = effective(experiment)["task"]
+    colour = experiment.tasks in ("mini_imagenet", "celeba")
+    channels = task.get("channels", 3 if colour else 1)
     normal: dict[str, Any] = {}
     if task.get("normalise"):
         normal = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    design = Design(task["way"], 1, 0, invert=bool(inverted) != invert, **normal)
-    return ImageFormat(size, channels, resample, design)
+    inverted = task.get("invert", False) != invert
+    design = Design(task.get("way", 2), 1, 0, invert=inverted, **normal)
+    resample = task.get("resample", "lanczos")
+    return ImageFormat(task.get("image_size", 28), channels, resample, design)
 
 
 def _support(where: Path, form: ImageFormat, way: int) -> tuple[Any, Any, list[str]]:

@@ -35,6 +35,7 @@ class Conv4(eqx.Module):
         scale: batch normalisation with a learned scale (Reptile) beside its shift.
         adapted: whether MAML's inner loop adapts the parameters of batch normalisation.
         slope: of the ReLU below zero. MAML++ has 0.01.
+        eps: of batch normalisation. TensorFlow's 1e-3 (MAML, Reptile); MAML++ has PyTorch's 1e-5.
     """
 
     blocks: tuple[tuple[Conv2d, BatchNorm], ...]
@@ -59,12 +60,14 @@ class Conv4(eqx.Module):
         scale: bool = False,
         adapted: bool = False,
         slope: float = 0.0,
+        eps: float = 1e-3,
     ):
         *keys, head_key = jax.random.split(key, 5)
         channels = (image[2], filters, filters, filters)
         stride = 2 if down == "stride" else 1
+        norm: dict[str, Any] = {"scale": scale, "adapted": adapted, "eps": eps}
         self.blocks = tuple(
-            (Conv2d(c, filters, stride, key=k), BatchNorm(filters, scale=scale, adapted=adapted))
+            (Conv2d(c, filters, stride, key=k), BatchNorm(filters, **norm))
             for c, k in zip(channels, keys)
         )
         self.down, self.padding, self.flatten = down, padding, head == "flatten"
@@ -105,6 +108,7 @@ def _halve(side: int, times: int, rounds_up: bool) -> int:
 
 _PLUS_PLUS: dict[str, Any] = {
     "down": "relu-pool", "head": "flatten", "head_init": "glorot", "scale": True, "slope": 0.01,
+    "eps": 1e-5,
 }  # fmt: skip
 _MINI: dict[str, Any] = {"image": (84, 84, 3), "filters": 32, "head": "flatten"}
 

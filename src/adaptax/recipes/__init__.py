@@ -3,6 +3,7 @@
 from .ablation import ROWS, ablated
 from .bayesian import CELLS, COMPARED_ON, compared, with_noise
 from .book import COMPARED, PAPER_CURVES, RECIPES, Recipe, closest, comparable
+from .effective import effective
 from .experiment import Experiment, changed
 from .names import (
     ALGORITHMS,
@@ -41,6 +42,7 @@ __all__ = [
     "comparable",
     "compared",
     "demand",
+    "effective",
     "oracle",
     "shortened",
     "with_noise",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,29 @@ MD5 = {
     "images_evaluation": "6b91aef0f799c5bb55b94e3f2daec811",
 }
 
-SIZES = {"maml": (1100, 100, 423), "reptile": (1200, 0, 423), "maml++": (1150, 50, 423)}
-ROTATIONS: dict[str, tuple[Rotations, Rotations]] = {
-    "maml": ("classes", "random"),
-    "reptile": ("classes", "none"),
-    "maml++": ("random", "none"),
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a paper's program splits and treats Omniglot.
+
+    Args:
+        sizes: characters for train, val and test.
+        rotations: in meta-training, and in validation and test.
+        invert: make ink 1 and paper 0.
+        resample: filter. All three resize the 1-bit drawings as such, for which Pillow takes the
+            nearest pixel whatever filter it is asked for: the images are binary.
+    """
+
+    sizes: tuple[int, int, int]
+    rotations: tuple[Rotations, Rotations]
+    invert: bool = False
+    resample: str = "nearest"
+
+
+PROTOCOLS = {
+    "maml": Protocol((1100, 100, 423), ("random", "random"), invert=True),
+    "reptile": Protocol((1200, 0, 423), ("classes", "none")),
+    "maml++": Protocol((1150, 50, 423), ("random", "none")),
 }
 
 
@@ -48,11 +67,15 @@ def omniglot(
 
     The characters of both archives are pooled and split at random, as the papers do:
 
-    | protocol | characters train / val / test | rotations train; val and test | resampling | ink |
-    |---|---|---|---|---|
-    | `"maml"` | 1100 / 100 / 423 | as classes; one random turn a class | Lanczos | 1 |
-    | `"reptile"` | 1200 / – / 423 | as classes; none | nearest | 0 |
-    | `"maml++"` | 1150 / 50 / 423 | one random turn a class; none | Lanczos | 0 |
+    | protocol | characters train / val / test | rotations train; val and test | ink |
+    |---|---|---|---|
+    | `"maml"` | 1100 / 100 / 423 | one random quarter turn a class of a task; the same | 1 |
+    | `"reptile"` | 1200 / – / 423 | every turn of a character is a class; none | 0 |
+    | `"maml++"` | 1150 / 50 / 423 | one random quarter turn a class of a task; none | 0 |
+
+    Images are binary: the released codes ask for Lanczos or for the default filter, and Pillow
+    resizes 1-bit drawings by the nearest pixel whatever it is asked for. `resample="lanczos"`
+    converts to grey first and gives smooth strokes.
 
     Reptile has no validation characters and was tuned on the training ones, so its `.val` draws
     from the characters of `.train`, unrotated. The released codes shuffle the order in which the
@@ -71,7 +94,7 @@ def omniglot(
             the zips, or folders of these names, in itself); default `ADAPTAX_DATA`, else the
             user's cache folder. Archives that are absent are downloaded there.
         image_size: side in pixels.
-        resample: filter, if not the protocol's: nearest, bilinear, bicubic or lanczos.
+        resample: nearest, bilinear, bicubic or lanczos, if not the protocol's, nearest.
         seed: of the split.
         memory_budget: in bytes; a larger bank is streamed from the host.
 
@@ -79,17 +102,18 @@ def omniglot(
         DataError: if an archive is broken or cannot be downloaded, or the counts do not fit.
         FileNotFoundError: if `data_root` does not exist.
     """
-    if protocol not in SIZES:
-        raise sources.DataError(f"protocol={protocol!r}; expected one of {', '.join(SIZES)}")
+    if protocol not in PROTOCOLS:
+        raise sources.DataError(f"protocol={protocol!r}; expected one of {', '.join(PROTOCOLS)}")
+    how = PROTOCOLS[protocol]
     design = bank.designs(
-        way, shot, query, train_shot, train_query, ROTATIONS[protocol], invert=protocol == "maml"
+        way, shot, query, train_shot, train_query, how.rotations, invert=how.invert
     )
-    resample = resample or ("nearest" if protocol == "reptile" else "lanczos")
+    resample = resample or how.resample
     images.check_format(image_size, 1, resample)
     (array, checksums, _), characters, names = load(
         sources.data_root(data_root), image_size, resample
     )
-    splits = _split(sorted(characters), SIZES[protocol], seed)
+    splits = _split(sorted(characters), how.sizes, seed)
     if protocol == "reptile":
         splits["val"] = splits["train"]
     return bank.make_splits(
@@ -111,7 +135,7 @@ def omniglot(
 
 
 def load(
-    root: Path, image_size: int = 28, resample: str = "lanczos"
+    root: Path, image_size: int = 28, resample: str = "nearest"
 ) -> tuple[Cached, dict[str, np.ndarray], list[str]]:
     """All drawings, `(32460, image_size, image_size, 1)` bytes, rows of every character, and names.
 
