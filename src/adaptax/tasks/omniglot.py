@@ -78,10 +78,10 @@ def omniglot(
     converts to grey first and gives smooth strokes.
 
     Reptile has no validation characters and was tuned on the training ones, so its `.val` draws
-    from the characters of `.train`, unrotated. The released codes shuffle the order in which the
-    file system lists the folders; here the sorted names are shuffled by `random.Random(seed)`, so
-    the split has the papers' sizes and is the same on every machine, but is not character for
-    character the one of any paper.
+    from the characters of `.train`, unrotated. Here the sorted names are shuffled by
+    `random.Random(seed)`, so the split is the same on every machine. Reptile's code does so with
+    seed 0; the others shuffle the order in which the file system lists the folders, and their
+    splits are no one else's.
 
     Args:
         way: characters an episode.
