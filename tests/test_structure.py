@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "adaptax"
 
 # A module imports from its own floor or from those before it.
 FLOORS = [
-    {"task", "tree", "program", "rewrite", "roots", "watch"},
+    {"task", "tree", "roles", "program", "rewrite", "roots", "watch"},
     {"losses", "conv", "metrics", "io", "svgd", "augment", "process"},
     {"inner", "batch_norm"},
     {"learner"},

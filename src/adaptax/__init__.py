@@ -12,6 +12,7 @@ from . import (
     metrics,
     models,
     rl,
+    roles,
     svgd,
     tasks,
     testing,
@@ -31,7 +32,7 @@ from .augment import Augmentation
 from .bridge import from_torch, to_torch
 from .evaluate import Evaluator, Report, evaluate, predict
 from .io import load, save
-from .learner import Ensemble, Functional, MetaLearner
+from .learner import Batched, Ensemble, Functional, MetaLearner
 from .losses import Loss
 from .mapping import meta_value_and_grad
 from .pretrain import Pretraining, extract, pretrain
@@ -57,6 +58,7 @@ __all__ = [
     "PLATIPUS",
     "Augmentation",
     "Batch",
+    "Batched",
     "BayesianMAML",
     "CheckpointEnsemble",
     "Ensemble",
@@ -104,6 +106,7 @@ __all__ = [
     "predict",
     "pretrain",
     "rl",
+    "roles",
     "save",
     "svgd",
     "tasks",

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from . import feed, io, metrics, scoring, tree
+from . import feed, io, metrics, roles, scoring, tree
 from .conv import FastPath, fast
 from .learner import Ensemble, Meta, MetaLearner
 from .mapping import Mapping, chunk_size, with_fast_path
@@ -278,6 +278,7 @@ class Evaluator:
             key: names the episodes.
             noise: another standard deviation than the evaluator's, without compiling anew.
         """
+        meta = roles.deduplicate(meta)
         assumed: Any = self.noise if noise is None else noise
         # An argument of the program; `None` asks the models for theirs.
         noise = None if assumed == "learned" else jnp.asarray(assumed, float)
@@ -360,6 +361,7 @@ class Evaluator:
         """Scores of one episode, leading with the axis of scored steps."""
         adapt_key, support_key, query_key = jax.random.split(key, 3)
         task = feed.task(tasks, loaded)
+        meta = roles.fresh(meta, key)
         path = self.learner.iterates(meta, task.support, key=adapt_key, steps=self.steps)
         arrays, rest = eqx.partition(path, eqx.is_array)
         length = len(jax.tree.leaves(arrays)[0])
@@ -418,7 +420,7 @@ def predict(
             nothing computed over the batch lets it see another query.
         fast_path: see `adaptax.conv.fast`.
     """
-    call = fast(lambda model, x: model(x), fast_path)
+    call = fast(roles.apply, fast_path)
     if transductive:
         return call(model, x)
     axis = 1 if isinstance(model, Ensemble) else 0

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from . import roots, tree, watch
+from . import roles, roots, tree, watch
 from .losses import Loss
 from .task import Model, Source
 
@@ -94,9 +94,9 @@ def run(
 
     Args:
         loss: `loss(model, batch) -> scalar`.
-        model: any callable pytree.
+        model: any callable pytree; of what is trained and what is not, see `adaptax.roles`.
         support: where batches come from, one for each step.
-        key: randomness of the draws.
+        key: randomness of the draws, and of the model.
         steps: number of steps; 0 returns the model.
         lr: step size of gradient descent; see `sgd`.
         optimizer: any optax rule, instead of `lr`. Where a gradient is zero its derivative is
@@ -120,7 +120,8 @@ def run(
     if steps < 0:
         raise ValueError(f"the inner loop takes 0 or more steps, not {steps}")
     rule = sgd(lr) if optimizer is None else optimizer
-    start, fixed = eqx.partition(model, tree.adaptable(model, adapt_only))
+    once, loss = roles.deduplicate(model), roles.pure(loss)
+    start, fixed = eqx.partition(once, tree.adaptable(once, adapt_only))
     watch.begin()
     update = roots.safe(rule.update)
     seen = view or (lambda model, step: model)
@@ -132,7 +133,9 @@ def run(
             # differentiating the loop never traces the derivative of a gradient.
             params, rest, source = stop((params, rest, source))
         now = source.at(step) if hasattr(source, "at") else source
-        batch = now.draw(seen(eqx.combine(params, rest), step), jax.random.fold_in(key, step))
+        pass_key = jax.random.fold_in(key, step)
+        rest = roles.fresh(rest, pass_key)
+        batch = roles.pure(now.draw)(seen(eqx.combine(params, rest), step), pass_key)
         value, grads = jax.value_and_grad(lambda p: loss(seen(eqx.combine(p, rest), step), batch))(
             params
         )
@@ -154,7 +157,10 @@ def run(
     if keep_path:
         path = jax.tree.map(lambda s, p: jnp.concatenate([s[None], p]), start, path)
         path = eqx.combine(path, jax.tree.map(lambda leaf: _repeat(leaf, steps + 1), fixed))
-    return Descent(eqx.combine(params, fixed), state, path)
+    end = eqx.combine(params, fixed)
+    if once is not model:
+        end, path = roles.reshare((end, path))
+    return Descent(end, state, path)
 
 
 def stop(tree: PyTree) -> PyTree:

@@ -21,7 +21,7 @@ from jaxtyping import PyTree
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
-from . import tree
+from . import roles, tree
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
@@ -87,10 +87,12 @@ def save(path: str | os.PathLike[str], value: PyTree, **metadata: Any) -> None:
     Args:
         path: a file; replaced atomically if it exists.
         value: any pytree, such as `result.meta`. Leaves that are not arrays are not saved: they
-            come back from the tree that `load` is given.
+            come back from the tree that `load` is given. A variable in several places is saved
+            once; see `adaptax.roles`.
         metadata: JSON values to keep beside the arrays; see `read_metadata`.
     """
-    arrays = {name: np.asarray(plain(leaf)) for name, leaf in _named(value).items()}
+    named = _named(roles.deduplicate(value))
+    arrays = {name: np.asarray(plain(leaf)) for name, leaf in named.items()}
     text = json.dumps(metadata)
     header = {"adaptax": text, "crc32": _checksum(text, arrays)}
     write_atomic(path, to_bytes(arrays, metadata=header))
@@ -109,7 +111,8 @@ def load(path: str | os.PathLike[str], like: PyTree) -> PyTree:
         ValueError: if the file is damaged or no checkpoint, or holds another tree: names,
             shapes or dtypes differ.
     """
-    return fill(path, read(path)[0], like)
+    found, _ = read(path)
+    return roles.kept(lambda once: fill(path, found, once), like)
 
 
 def fill(path: str | os.PathLike[str], found: Mapping[str, np.ndarray], like: PyTree) -> PyTree:
@@ -203,10 +206,10 @@ def _named(value: PyTree) -> dict[str, Any]:
 
 def plain(leaf: Any) -> Any:
     """An array that numpy knows: typed PRNG keys become their data."""
-    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    return jax.random.key_data(leaf) if roles.is_key(leaf) else leaf
 
 
 def _like(array: np.ndarray, leaf: Any) -> Any:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if roles.is_key(leaf):
         return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf))
     return jnp.asarray(array) if isinstance(leaf, jax.Array) else array

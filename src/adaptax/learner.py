@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -13,12 +13,22 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from . import program, tree
+from . import program, roles, tree
 from .losses import Loss
 from .task import Model, Source, Task
 
 Meta = Any
-"""What a learner meta-learns: a pytree whose inexact arrays the outer loop trains."""
+"""What a learner meta-learns: a pytree whose parameters the outer loop trains."""
+
+
+def _sharing(init: Callable[..., Meta]) -> Callable[..., Meta]:
+    """`init` of a learner, for models with shared variables; see `adaptax.roles`."""
+
+    @functools.wraps(init)
+    def run(self: MetaLearner, model: Model, **how: Any) -> Meta:
+        return roles.kept(lambda once: init(self, once, **how), model)
+
+    return run
 
 
 def _compiled(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,12 +38,12 @@ def _compiled(method: Callable[..., Any]) -> Callable[..., Any]:
     def run(self: MetaLearner, meta: Meta, support: Source, **how: Any) -> Any:
         values = jax.tree.leaves((self, meta, support, how))
         if any(isinstance(value, jax.core.Tracer) for value in values):
-            return method(self, meta, support, **how)
+            return roles.kept(lambda once: method(self, once, support, **how), meta)
         self.check(meta, support, **how)
         # The next answer of an object of the user's own may be another.
         if all(eqx.is_array_like(x) or callable(x) for x in jax.tree.leaves(support)):
             return program.call(_call, method, self, meta, support, how)
-        return method(self, meta, support, **how)
+        return roles.kept(lambda once: method(self, once, support, **how), meta)
 
     return run
 
@@ -48,15 +58,22 @@ class MetaLearner(eqx.Module):
     A learner is a frozen record of hyper-parameters and three pure functions. It never sees a
     task axis: `adaptax.meta_value_and_grad`, `fit` and `evaluate` map it over tasks. `adapt` and
     `iterates` are compiled by themselves: see `adaptax.program`.
+
+    Args:
+        train_only: a predicate on the leaf paths of the model choosing what the *outer* loop
+            trains, such as `adaptax.tree.under("head")`; everything if `None`. The other leaves
+            stay as they are, and so does what belongs to one of them alone: its learned rate, its
+            variance. The inner loop may adapt them all the same; `adapt_only` leaves them out.
     """
 
     loss: eqx.AbstractVar[Loss]
+    train_only: tree.Predicate | None = eqx.field(static=True, default=None, kw_only=True)
 
     def __init_subclass__(cls, **how: Any) -> None:
         super().__init_subclass__(**how)
-        for name in ("adapt", "iterates"):
+        for name, wrap in (("init", _sharing), ("adapt", _compiled), ("iterates", _compiled)):
             if inspect.isfunction(method := vars(cls).get(name)):
-                setattr(cls, name, _compiled(method))
+                setattr(cls, name, wrap(method))
 
     def init(self, model: Model, *, key: PRNGKeyArray) -> Meta:
         """The meta-parameters to start from. Here: the model itself."""
@@ -104,6 +121,36 @@ class MetaLearner(eqx.Module):
         Here: the adapted model alone, for learners that have no notion of a step.
         """
         return tree.stack([self.adapt(meta, support, key=key)])
+
+    def trained(self, meta: Meta) -> PyTree[bool]:
+        """Which leaves of the meta-parameters the outer loop trains, as a tree of booleans.
+
+        Raises:
+            ValueError: if none is left, or a parameter is complex.
+        """
+
+        def chosen(path: str) -> bool:
+            own = self.part_of(path, meta)
+            return own is None or self.train_only is None or self.train_only(own)
+
+        return tree.only(roles.trained(meta), chosen, "train_only")
+
+    def part_of(self, path: str, meta: Meta) -> str | None:
+        """The path in the model of the leaf that a leaf of the meta-parameters belongs to.
+
+        Here: the path itself where the meta-parameters are a model; what follows the first name in
+        those of an `Ensemble`, and of a dict with a `"model"`.
+
+        Args:
+            path: in the meta-parameters.
+            meta: the meta-parameters.
+
+        Returns:
+            `None` for what belongs to no leaf alone, and is trained in any case.
+        """
+        if hasattr(meta, "particles") or (isinstance(meta, dict) and "model" in meta):
+            return path.partition("/")[2] or None
+        return path
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
         """The outer optimizer that `fit` uses unless told otherwise: Adam, 1e-3."""
@@ -171,14 +218,75 @@ class Ensemble(eqx.Module):
 class Functional(eqx.Module):
     """A model made of a tree of parameters and a function: `apply(params, x)`.
 
+    Typed PRNG keys among the parameters are the randomness of the model: every pass of training
+    gets others. With Flax Linen, for instance, dropout and batch normalisation included:
+
+        variables = {**net.init(key, x), "key": jax.random.key(0)}   # "params", "batch_stats"
+
+        def apply(v, x):
+            v, key = {n: v[n] for n in v if n != "key"}, v["key"]
+            return net.apply(v, x, rngs={"dropout": key})
+
+        model = adaptax.Functional(variables, apply)
+
     Args:
         params: any pytree.
         apply: a pure function of the parameters and a batch of inputs.
+        trained: a predicate on the paths in `params` of what is trained; the rest is state. If
+            `None`, what is below `"params"` where `params` is a mapping with such a name, as the
+            variables of Flax Linen are, else everything.
     """
 
     params: PyTree
     apply: Callable[[PyTree, Any], Any] = eqx.field(static=True)
+    trained: tree.Predicate | None = eqx.field(static=True, default=None)
 
     def __call__(self, x: PyTree) -> PyTree:
         """`apply(params, x)`."""
         return self.apply(self.params, x)
+
+    def is_state(self, path: str) -> bool:
+        """Whether a leaf is not trained; see `adaptax.roles`."""
+        trained = self.trained
+        if trained is None:
+            linen = isinstance(self.params, Mapping) and "params" in self.params
+            trained = tree.under("params") if linen else tree.every
+        return not trained(path.removeprefix("params/"))
+
+
+class Batched(eqx.Module):
+    """An Equinox model of one example as a model of a batch, with its state and a key.
+
+        model = adaptax.Batched(net)                              # net(x)
+        model = adaptax.Batched(net, key=jax.random.key(0))       # net(x, key=key): dropout
+
+        net, state = equinox.nn.make_with_state(Net)(...)
+        model = adaptax.Batched(net, state)                       # net(x, state): batch norm
+
+    The axis of examples is named `"batch"`, as `equinox.nn.BatchNorm` wants to know it. State is
+    read and stays as it is. Every example has a key of its own, and every pass of training others.
+
+    Args:
+        model: of one example.
+        state: of its stateful layers; `None` for a model without.
+        key: of its dropout; `None` for a model that takes no key.
+    """
+
+    model: Model
+    state: eqx.nn.State | None = None
+    key: PRNGKeyArray | None = None
+
+    def __call__(self, x: PyTree) -> PyTree:
+        """The outputs of a batch."""
+
+        def one(x: PyTree, key: PRNGKeyArray | None) -> PyTree:
+            how = {} if key is None else {"key": key}
+            if self.state is None:
+                return self.model(x, **how)
+            # A copy: Equinox lets no state be updated twice.
+            return self.model(x, jax.tree.map(lambda leaf: leaf, self.state), **how)[0]
+
+        keys = None
+        if self.key is not None:
+            keys = jax.random.split(self.key, len(jax.tree.leaves(x)[0]))
+        return jax.vmap(one, axis_name="batch")(x, keys)

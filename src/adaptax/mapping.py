@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from . import tree
+from . import roles, tree
 from .conv import FastPath, fast
 from .learner import Meta, MetaLearner
 from .task import Task
@@ -62,10 +62,12 @@ def meta_value_and_grad(
             known, or the devices do not divide the meta-batch.
     """
     arrays, rest = eqx.partition(tasks, eqx.is_array)
-    return meta_gradient(
-        with_fast_path(learner, fast_path), meta, arrays, lambda task: eqx.combine(task, rest),
+    once = roles.deduplicate(meta)
+    result, grads = meta_gradient(
+        with_fast_path(learner, fast_path), once, arrays, lambda task: eqx.combine(task, rest),
         key=key, count=task_count(tasks), progress=progress, mapping=mapping, mesh=mesh,
     )  # fmt: skip
+    return result, grads if once is meta else roles.reshare(grads)
 
 
 def meta_gradient(
@@ -93,11 +95,11 @@ def meta_gradient(
         mapping: over tasks.
         mesh: of devices.
     """
-    trained, fixed = eqx.partition(meta, eqx.is_inexact_array)
+    trained, fixed = eqx.partition(meta, learner.trained(meta))
     size = count // (mesh.size if mesh else 1)
 
     def on_device(across: Across, common: PyTree, mine: PyTree) -> Any:
-        trained, make, progress = common
+        trained, fixed, make, progress = common
         total = sum_over(
             lambda *each: task_gradient(learner, trained, fixed, make, progress, *each),
             mine,
@@ -105,7 +107,7 @@ def meta_gradient(
         )
         return across(jax.tree.map(lambda leaf: leaf / size, total))
 
-    common = (trained, task, jnp.asarray(progress, float))
+    common = (trained, fixed, task, jnp.asarray(progress, float))
     out, grads = over_devices(on_device, mesh, common, (loaded, jax.random.split(key, count)))
     return out, tree.in_types_of(trained, grads)
 
@@ -132,7 +134,7 @@ def task_gradient(
     """
 
     def scalar(trained: PyTree) -> tuple[Array, dict[str, Array]]:
-        meta = eqx.combine(trained, fixed)
+        meta = roles.fresh(eqx.combine(trained, fixed), key)
         return learner.meta_loss(meta, make(loaded), key=key, progress=progress)
 
     return jax.value_and_grad(scalar, has_aux=True)(trained)
@@ -269,10 +271,10 @@ def local_mesh(count: int, size: int | None = None) -> Mesh | None:
 
 
 def with_fast_path(learner: MetaLearner, fast_path: FastPath) -> MetaLearner:
-    """The learner, its loss with fast convolutions."""
+    """The learner, its loss with fast convolutions, and pure; see `adaptax.roles.pure`."""
     twin = copy.copy(learner)
     # The loss may be a static field, out of reach of `eqx.tree_at`; the copy is ours to complete.
-    object.__setattr__(twin, "loss", fast(learner.loss, fast_path))
+    object.__setattr__(twin, "loss", fast(roles.pure(learner.loss), fast_path))
     return twin
 
 

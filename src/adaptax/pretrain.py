@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from . import batch_norm, feed, io, tree
+from . import batch_norm, feed, io, roles, tree
 from .augment import Augmentation
 from .conv import fast
 from .mapping import everywhere, local_mesh
@@ -215,7 +215,7 @@ def pretrain(
                 break
     if stopped == "done" and accuracy is None:
         accuracy = judge(state.model)  # a finished run, resumed
-    trained = eqx.combine(_on_one_device(state.model), fixed)
+    trained = roles.reshare(eqx.combine(_on_one_device(state.model), fixed))
     return Pretraining(trained, int(state.step), accuracy, history, stopped)
 
 
@@ -247,7 +247,12 @@ def check_train(images: TaskDistribution) -> Episodes | StreamedEpisodes:
 
 def initial_state(model: Model, optimizer: optax.GradientTransformation) -> tuple[State, PyTree]:
     """The state before the first step, and what of the model is not trained."""
-    trained, fixed = eqx.partition(batch_norm.track(model), eqx.is_inexact_array)
+    model = batch_norm.track(roles.deduplicate(model))
+    moved = batch_norm.statistics(model)
+    trained, fixed = eqx.partition(
+        model,
+        jax.tree.map(lambda t, path: t or path in moved, roles.trained(model), tree.paths(model)),
+    )
     # Copies: the compiled program reuses the memory of its arguments, and the caller's stay.
     trained = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), trained)
     return State(jnp.zeros((), jnp.int32), trained, optimizer.init(_split(trained)[0])), fixed
@@ -267,7 +272,7 @@ def restore(run: Run, model: Model) -> tuple[Model, int]:
     recipe = _Recipe(1, 1, 0.1, 0.9, 0.0, 0.0, Augmentation(), "float32")
     state, fixed = initial_state(model, recipe.optimizer())
     state = io.load(run.checkpoint_file, state)
-    return eqx.combine(state.model, fixed), int(state.step)
+    return roles.reshare(eqx.combine(state.model, fixed)), int(state.step)
 
 
 def extract(
@@ -348,7 +353,7 @@ class _Recipe:
         """Cross-entropy with smoothed labels, and accuracy."""
         if self.precision != "float32":
             model = convolve_in(jnp.dtype(self.precision), model)
-        logits = model(x)
+        logits = roles.apply(model, x)
         targets = optax.smooth_labels(jax.nn.one_hot(y, self.classes), self.label_smoothing)
         loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
         return loss, jnp.mean(jnp.argmax(logits, axis=-1) == y)
@@ -363,16 +368,21 @@ def _program(
 ) -> Callable[[PyTree, State], tuple[State, dict[str, Array]]]:
     """A chunk of steps as one compiled program of (bank, (rows or pixels, labels)) and state."""
     optimizer, inputs = recipe.optimizer(), images.design.inputs
-    loss = fast(lambda trained, x, y: recipe.loss(eqx.combine(trained, fixed), x, y))
+
+    @fast
+    def loss(trained: PyTree, x: Array, y: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
+        return recipe.loss(roles.fresh(eqx.combine(trained, fixed), key), x, y)
 
     def step(bank: Array | None, state: State, loaded: PyTree) -> tuple[State, dict[str, Array]]:
         pixels, y = loaded
         if bank is not None:
             pixels = bank[pixels]
-        x = recipe.augmentation(jax.random.fold_in(key, state.step), inputs(pixels))
+        step_key = jax.random.fold_in(key, state.step)
+        x = recipe.augmentation(step_key, inputs(pixels))
         if mesh is not None:
             x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(mesh.axis_names[0])))
-        (value, accuracy), grads = jax.value_and_grad(loss, has_aux=True)(state.model, x, y)
+        slope = jax.value_and_grad(loss, has_aux=True)
+        (value, accuracy), grads = slope(state.model, x, y, step_key)
         weights, running = _split(state.model)
         for_weights, for_running = _split(grads)
         updates, opt_state = optimizer.update(for_weights, state.opt_state, weights)
@@ -396,7 +406,8 @@ def _judge(
     inputs, held = images.design.inputs, order.held
 
     def logits(trained: PyTree, pixels: Array) -> Array:
-        return batch_norm.use_running_average(eqx.combine(trained, fixed))(inputs(pixels))
+        model = batch_norm.use_running_average(eqx.combine(trained, fixed))
+        return roles.apply(model, inputs(pixels))
 
     program = jax.jit(fast(logits))
 

@@ -23,6 +23,8 @@ import equinox as eqx
 import jax
 import numpy as np
 
+from . import roles
+
 LIMIT = 32
 """Programs that are kept; beyond, the one that was not called for the longest time is freed."""
 
@@ -55,6 +57,7 @@ def call(function: Callable[..., Any], *args: Any, donate: Collection[int] = ())
 
     No argument is kept. What cannot be compared is compiled anew at every call; what cannot be
     traced, since it asks for values, runs uncompiled. With traced arguments this is a plain call.
+    Variables that an argument has in several places (see `adaptax.roles`) are one input.
 
     Args:
         function: pure.
@@ -63,35 +66,25 @@ def call(function: Callable[..., Any], *args: Any, donate: Collection[int] = ())
     """
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
         return function(*args)
-    args = _into(args)
+    args = tuple(map(roles.deduplicate, args))
     parts = [jax.tree.flatten(arg) for arg in args]
     program = _find(function, args, donate)
     token = _given.set((function, parts))
     try:
         if program.traceable:
             arrays = [[leaf for leaf in leaves if eqx.is_array(leaf)] for leaves, _ in parts]
-            return _out_of(program.result(program.run(*arrays)))
+            return roles.reshare(program.result(program.run(*arrays)))
     except _UNTRACEABLE:
         program.traceable = False
     finally:
         _given.reset(token)
-    return _out_of(function(*args))
+    return roles.reshare(function(*args))
 
 
 def clear() -> None:
     """Forget all programs and free their memory."""
     with _lock:
         _programs.clear()
-
-
-def _into(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments as a program takes them."""
-    return args
-
-
-def _out_of(result: Any) -> Any:
-    """The result as the caller gets it."""
-    return result
 
 
 class _Program:

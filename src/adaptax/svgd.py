@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from . import roots
+from . import roles, roots
 from .tree import wide
 
 Kernel = Callable[[Array], tuple[Array, Array]]
@@ -164,6 +164,7 @@ def descent(particles: PyTree, slopes: PyTree, kernel: Kernel | None = None) -> 
         ValueError: as `direction` does.
     """
     kernel = RBF() if kernel is None else kernel
+    roles.trained(particles)  # refuses complex ones
     if isinstance(kernel, RBF):
         parts, join = _parts(particles)
         return join(kernel.descent(parts, _parts(slopes)[0]))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Integer, PRNGKeyArray, PyTree
 
 Model = Any
-"""Any callable pytree, `model(x) -> predictions`, whose parameters are its inexact arrays."""
+"""Any callable pytree, `model(x) -> predictions`; `adaptax.roles` says what its parameters are."""
 
 
 class Batch(eqx.Module):

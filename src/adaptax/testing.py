@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from . import io, tree
+from . import io, roles, tree
 from .evaluate import evaluate
 from .learner import Ensemble, Meta, MetaLearner
 from .mapping import meta_value_and_grad
@@ -84,7 +84,7 @@ def check_learner(
         AssertionError: saying in one sentence what the learner gets wrong.
     """
     key = jax.random.key(0) if key is None else key
-    model, tasks = _defaults(learner, model, tasks)
+    model, tasks = _defaults(learner, roles.deduplicate(model), tasks)
     init_key, task_key, key = jax.random.split(key, 3)
     batch = _sample(tasks, task_key)
     meta = _check_init(learner, model, init_key)
@@ -130,13 +130,13 @@ def check_meta_gradient(
         AssertionError: saying in one sentence which derivative is wrong.
     """
     key = jax.random.key(0) if key is None else key
-    model, tasks = _defaults(learner, model, tasks)
+    model, tasks = _defaults(learner, roles.deduplicate(model), tasks)
     init_key, task_key, key, loss_key = jax.random.split(key, 4)
     batch = _sample(tasks, task_key)
     with jax.enable_x64(True):
         learner, model, batch = _double(learner), _double(model), _double(batch)
         meta = _double(learner.init(model, key=init_key))
-        trained, fixed = eqx.partition(meta, eqx.is_inexact_array)
+        trained, fixed = eqx.partition(meta, learner.trained(meta))
         keys, now = jax.random.split(key, TASKS), jnp.array(progress, float)
 
         def reference(trained: PyTree, at: PyTree) -> Float[Array, ""]:
@@ -174,7 +174,7 @@ def _defaults(
         pair = (default if model is None else model, distribution if tasks is None else tasks)
         try:
             batch = pair[1].sample(keys[0]).support
-            eqx.filter_eval_shape(learner.loss, pair[0], batch)
+            eqx.filter_eval_shape(roles.pure(learner.loss), pair[0], batch)
         except Exception:  # whatever a loss says of data that is not for it
             continue
         return pair
@@ -207,7 +207,7 @@ def _check_program(learner: MetaLearner, meta: Meta, batch: Task, key: PRNGKeyAr
     def predict(meta: Meta) -> tuple[PyTree, PyTree]:
         model = adapt(meta)
         query = task.query.draw(model, key)
-        return model(query.x), query.y
+        return roles.apply(model, query.x), query.y
 
     def iterates(meta: Meta) -> Model:
         return learner.iterates(meta, task.support, key=key)
@@ -222,7 +222,7 @@ def _check_program(learner: MetaLearner, meta: Meta, batch: Task, key: PRNGKeyAr
         return jax.vmap(one)(batch, keys)
 
     def step(meta: Meta) -> tuple[PyTree, PyTree]:
-        trained = tree.parameters(meta)
+        trained = eqx.filter(meta, learner.trained(meta))
         _, grads = meta_value_and_grad(learner, meta, batch, key=key, progress=0.5)
         updates, _ = optimizer.update(grads, optimizer.init(trained), trained)
         return grads, optax.apply_updates(trained, updates)
@@ -261,9 +261,9 @@ def _check_program(learner: MetaLearner, meta: Meta, batch: Task, key: PRNGKeyAr
     _demand(_near(_arrays(adapt(meta)), adapted), "adapt differs between calls with one key")
     _demand(_near(loss(meta)[0], value), "meta_loss differs between calls with one key")
     _demand(_near(values[0], value), "meta_loss by vmap is not meta_loss")
-    ends = jax.tree.map(lambda leaf: leaf if _is_key(leaf) else np.asarray(leaf)[-1], path)
+    ends = jax.tree.map(lambda leaf: leaf if roles.is_key(leaf) else np.asarray(leaf)[-1], path)
     _demand(_near(ends, adapted), "the last of iterates is not what adapt gives")
-    trained = tree.parameters(meta)
+    trained = eqx.filter(meta, learner.trained(meta))
     _demand(
         _structure(grads) == _structure(trained),
         "the gradient does not have the structure of the trained part of the meta-parameters",
@@ -293,7 +293,7 @@ def _check_round_trip(learner: MetaLearner, model: Model, meta: Meta) -> None:
 
 def _check_agreement(learner: MetaLearner, meta: Meta, batch: Task, key: PRNGKeyArray) -> None:
     """Different ways to one gradient, in float64."""
-    trained, fixed = eqx.partition(meta, eqx.is_inexact_array)
+    trained, fixed = eqx.partition(meta, learner.trained(meta))
 
     def mapped(batch: Task, mapping: Any) -> PyTree:
         return meta_value_and_grad(learner, meta, batch, key=key, mapping=mapping)[1]
@@ -337,7 +337,7 @@ def _adapted(
     model = eqx.filter_jit(learner.adapt)(meta, task.support, key=key)
     if isinstance(model, Ensemble):
         model = model.member(0)
-    params, rest = eqx.partition(model, eqx.is_inexact_array)
+    params, rest = eqx.partition(model, roles.trained(model))
     return params, rest, task.support.draw(model, key)
 
 
@@ -441,12 +441,8 @@ def _structure(value: PyTree) -> list[tuple[str, tuple[int, ...]]]:
     return list(zip(jax.tree.leaves(tree.paths(value)), shapes))
 
 
-def _is_key(leaf: Any) -> bool:
-    return eqx.is_array(leaf) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def _data(leaf: Any) -> np.ndarray:
-    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+    return np.asarray(jax.random.key_data(leaf) if roles.is_key(leaf) else leaf)
 
 
 def _same(a: PyTree, b: PyTree) -> bool:
@@ -465,7 +461,7 @@ def _near(a: PyTree, b: PyTree) -> bool:
     return len(jax.tree.leaves(a)) == len(jax.tree.leaves(b)) and all(
         np.shape(x) == np.shape(y) and np.allclose(x, y, rtol=1e-3, atol=1e-4)
         for x, y in pairs
-        if not _is_key(x)
+        if not roles.is_key(x)
     )
 
 
@@ -479,7 +475,7 @@ def _rows(value: PyTree, rows: Any) -> PyTree:
     """Rows of every array, taken on the host: nothing to compile."""
 
     def take(leaf: Any) -> Any:
-        return leaf[rows] if _is_key(leaf) else jnp.asarray(np.asarray(leaf)[rows])
+        return leaf[rows] if roles.is_key(leaf) else jnp.asarray(np.asarray(leaf)[rows])
 
     return jax.tree.map(take, value)
 

@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from . import feed, io, tree
+from . import feed, io, roles, tree
 from .conv import FastPath
 from .divergence import Cause, diagnose
 from .evaluate import Evaluator
@@ -234,11 +234,11 @@ def fit(
     if run is not None:
         state, history = run.begin(state, plan, resume)
     # Once, and not at every call of the program: the bank of images may be large.
-    state, tasks = everywhere((state, tasks), mesh)
-    program = _program(fast_learner, optimizer, outer, fixed, meta_batch, steps, mapping, mesh)
+    state, tasks, given_fixed = everywhere((state, tasks, fixed), mesh)
+    program = _program(fast_learner, optimizer, outer, meta_batch, steps, mapping, mesh)
 
     def outcome(stopped: str) -> Result:
-        last, now = eqx.combine(state.meta, fixed), int(state.step)
+        last, now = roles.reshare(eqx.combine(state.meta, fixed)), int(state.step)
         if validate is None:
             return Result(last, last, now, now, None, None, history, stopped)
         best, step, score, kept = best_of(state, fixed)
@@ -265,7 +265,8 @@ def fit(
         for start, end, loaded in feed.prefetch(tasks, jobs):
             began = time.perf_counter()
             state_arrays, good, logs = program(
-                (tasks, loaded, learner_key), (state.step, state.meta, state.opt_state)
+                (tasks, loaded, learner_key, given_fixed),
+                (state.step, state.meta, state.opt_state),
             )
             step, trained, opt_state = state_arrays
             state = dataclasses.replace(state, step=step, meta=trained, opt_state=opt_state)
@@ -316,8 +317,12 @@ def initial_state(
     key: PRNGKeyArray,
     keep: int = 1,
 ) -> tuple[State, PyTree]:
-    """The state before the first meta-step, and what of the meta-parameters is not trained."""
-    trained, fixed = eqx.partition(learner.init(model, key=key), eqx.is_inexact_array)
+    """The state before the first meta-step, and what of the meta-parameters is not trained.
+
+    Variables that the model shares are in one place, in both.
+    """
+    meta = roles.deduplicate(learner.init(model, key=key))
+    trained, fixed = eqx.partition(meta, learner.trained(meta))
     zero = jnp.zeros((), jnp.int32)
     best = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], keep, axis=0), trained)
     state = State(
@@ -342,17 +347,14 @@ def best_of(state: State, fixed: PyTree) -> tuple[Meta, int, float, Meta]:
     stacked = jax.tree.map(
         lambda leaf: jnp.repeat(leaf[None], count, axis=0) if eqx.is_array(leaf) else leaf, fixed
     )
-    return (
-        eqx.combine(best, fixed), int(state.best_step[0]), float(state.best_score[0]),
-        eqx.combine(kept, stacked),
-    )  # fmt: skip
+    best, kept = roles.reshare((eqx.combine(best, fixed), eqx.combine(kept, stacked)))
+    return best, int(state.best_step[0]), float(state.best_score[0]), kept
 
 
 def _program(
     learner: MetaLearner,
     optimizer: optax.GradientTransformation,
     outer: Outer | None,
-    fixed: PyTree,
     meta_batch: int,
     steps: int,
     mapping: Mapping,
@@ -364,8 +366,8 @@ def _program(
     program ends with the last good state.
     """
 
-    def descend(tasks: TaskDistribution, key: PRNGKeyArray, state: PyTree, loaded: PyTree) -> Any:
-        step, trained, opt_state = state
+    def descend(given: PyTree, state: PyTree, loaded: PyTree) -> Any:
+        (tasks, key, fixed), (step, trained, opt_state) = given, state
         (loss, metrics), grads = meta_gradient(
             learner,
             eqx.combine(trained, fixed),
@@ -382,10 +384,8 @@ def _program(
         new = optax.apply_updates(trained, updates)
         return (new, opt_state), tree.finite((grads, new)), logs
 
-    def given_step(
-        outer: Outer, tasks: TaskDistribution, key: PRNGKeyArray, state: PyTree, loaded: PyTree
-    ) -> Any:
-        step, trained, opt_state = state
+    def given_step(outer: Outer, given: PyTree, state: PyTree, loaded: PyTree) -> Any:
+        (tasks, key, fixed), (step, trained, opt_state) = given, state
         meta, opt_state, loss, metrics = outer.step(
             learner,
             eqx.combine(trained, fixed),
@@ -395,25 +395,24 @@ def _program(
             progress=step / steps,
             mesh=mesh,
         )
-        return (tree.parameters(meta), opt_state), tree.finite(meta), {"loss": loss, **metrics}
+        trained = eqx.filter(meta, learner.trained(meta))
+        return (trained, opt_state), tree.finite(meta), {"loss": loss, **metrics}
 
-    def meta_step(
-        tasks: TaskDistribution, key: PRNGKeyArray, carry: PyTree, loaded: PyTree
-    ) -> tuple[PyTree, dict[str, Array]]:
+    def meta_step(given: PyTree, carry: PyTree, loaded: PyTree) -> tuple[PyTree, dict[str, Array]]:
         state, good = carry
         how = descend if outer is None else functools.partial(given_step, outer)
-        new, finite, logs = how(tasks, key, state, loaded)
+        new, finite, logs = how(given, state, loaded)
         good = good & jnp.isfinite(logs["loss"]) & finite
         kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), (state[0] + 1, *new), state)
         return (kept, good), logs
 
     @eqx.filter_jit(donate="all-except-first")
     def program(
-        given: tuple[TaskDistribution, PyTree, PRNGKeyArray], state: PyTree
+        given: tuple[TaskDistribution, PyTree, PRNGKeyArray, PyTree], state: PyTree
     ) -> tuple[PyTree, Array, dict[str, Array]]:
-        tasks, loaded, key = given
+        tasks, loaded, key, fixed = given
         (state, good), logs = jax.lax.scan(
-            lambda carry, loaded: meta_step(tasks, key, carry, loaded),
+            lambda carry, loaded: meta_step((tasks, key, fixed), carry, loaded),
             (state, jnp.array(True)),
             loaded,
         )
@@ -457,7 +456,7 @@ def _is_heavy(learner: MetaLearner, meta: Meta, tasks: TaskDistribution, key: PR
     if jax.default_backend() != "cpu":
         return True
     loaded = feed.load(tasks, key, jnp.zeros(1, jnp.uint32))
-    trained, fixed = eqx.partition(meta, eqx.is_inexact_array)
+    trained, fixed = eqx.partition(meta, learner.trained(meta))
 
     def one(loaded: PyTree, trained: PyTree) -> Any:
         loss = lambda t: learner.meta_loss(  # noqa: E731

@@ -1,4 +1,4 @@
-"""Algebra on models: pytrees whose inexact arrays are their parameters."""
+"""Algebra on models: pytrees, of whose arrays `adaptax.roles` says which are parameters."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
+from . import roles
+from .roles import path_name
+
 Predicate = Callable[[str], bool]
 """Chooses leaves by path, such as `"head/weight"` or `"blocks/0/norm/shift"`."""
 
@@ -17,11 +20,6 @@ Predicate = Callable[[str], bool]
 def paths(tree: PyTree) -> PyTree[str]:
     """The path of every leaf, as a tree of strings: attributes, keys and indices joined by `/`."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), tree)
-
-
-def path_name(path: Any) -> str:
-    """A path of `jax.tree_util` as `paths` writes it."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def by_path(tree: PyTree) -> dict[str, Any]:
@@ -48,7 +46,7 @@ def adaptable(model: PyTree, adapt_only: Predicate | None = None) -> PyTree[bool
     """Which leaves the inner loop adapts, as a tree of booleans.
 
     Args:
-        model: any pytree; only its inexact arrays can be adapted.
+        model: any pytree; only its parameters can be adapted, see `adaptax.roles`.
         adapt_only: a predicate on paths. `None` leaves out the modules that declare
             `adapted = False`, as `adaptax.models.BatchNorm` does in MAML's own networks.
 
@@ -59,25 +57,44 @@ def adaptable(model: PyTree, adapt_only: Predicate | None = None) -> PyTree[bool
     def fixed(node: Any) -> bool:
         return adapt_only is None and getattr(node, "adapted", True) is False
 
-    def choose(node: Any) -> Any:
-        return jax.tree.map(lambda leaf: eqx.is_inexact_array(leaf) and not fixed(node), node)
+    def choose(node: Any, mask: PyTree[bool]) -> PyTree[bool]:
+        return jax.tree.map(lambda chosen: chosen and not fixed(node), mask)
 
-    mask = jax.tree.map(choose, model, is_leaf=fixed)
-    if adapt_only is not None:
-        mask = jax.tree.map(lambda chosen, path: chosen and adapt_only(path), mask, paths(model))
+    trained = roles.trained(model)
+    mask = jax.tree.map(choose, model, trained, is_leaf=fixed)
+    return only(mask, adapt_only, "adapt_only", trained)
+
+
+def only(
+    mask: PyTree[bool], predicate: Predicate | None, name: str, among: PyTree[bool] | None = None
+) -> PyTree[bool]:
+    """The mask without the leaves that a predicate does not choose.
+
+    Args:
+        mask: booleans in the structure of a model.
+        predicate: on paths; all if `None`.
+        name: of the argument that the predicate is.
+        among: the leaves to name where none is left; those of the mask if `None`.
+
+    Raises:
+        ValueError: if no leaf is left.
+    """
+    among = mask if among is None else among
+    if predicate is not None:
+        mask = jax.tree.map(lambda chosen, path: chosen and predicate(path), mask, paths(mask))
     if not any(jax.tree.leaves(mask)):
-        names = [p for p, leaf in zip(jax.tree.leaves(paths(model)), jax.tree.leaves(model))
-                 if eqx.is_inexact_array(leaf)]  # fmt: skip
+        names = [path for path, chosen in by_path(among).items() if chosen]
         raise ValueError(
-            "no parameter is left to adapt: `adapt_only` chose none of "
+            f"no parameter is left to {name.removesuffix('_only')}: `{name}` chose none of "
             f"{', '.join(names) or 'the model, which has no inexact arrays'}"
         )
     return mask
 
 
 def parameters(model: PyTree) -> PyTree:
-    """The inexact arrays of a model; everything else is `None`."""
-    return eqx.filter(model, eqx.is_inexact_array)
+    """The parameters of a model, shared ones in one place; everything else is `None`."""
+    model = roles.deduplicate(model)
+    return eqx.filter(model, roles.trained(model))
 
 
 def count(model: PyTree) -> int:
@@ -97,12 +114,12 @@ def axpy(a: float | Float[Array, ""], x: PyTree, y: PyTree) -> PyTree:
 
 def shift(model: PyTree, to: PyTree, start: PyTree) -> PyTree:
     """The model, its parameters moved by `to − start`."""
-    move = lambda m, a, b: m + (a - b) if eqx.is_inexact_array(m) else m  # noqa: E731
-    return jax.tree.map(move, model, to, start)
+    move = lambda chosen, m, a, b: m + (a - b) if chosen else m  # noqa: E731
+    return jax.tree.map(move, roles.trained(model), model, to, start)
 
 
 def squared_distance(x: PyTree, y: PyTree) -> Float[Array, ""]:
-    """`‖x − y‖²` over the inexact arrays of two models."""
+    """`‖x − y‖²` over the parameters of two models."""
     pairs = zip(jax.tree.leaves(parameters(x)), jax.tree.leaves(parameters(y)), strict=True)
     return sum((jnp.sum((wide(a) - wide(b)) ** 2) for a, b in pairs), jnp.zeros(()))
 
@@ -128,23 +145,27 @@ def noise_like(key: PRNGKeyArray, model: PyTree) -> PyTree:
 
 def stack(models: list[PyTree]) -> PyTree:
     """Models of one structure as one model whose arrays lead with a new axis."""
+    shares = roles.deduplicate(models[0]) is not models[0]
+    models = [roles.deduplicate(model) for model in models]
     arrays = [eqx.filter(model, eqx.is_array) for model in models]
     rest = eqx.filter(models[0], eqx.is_array, inverse=True)
-    return eqx.combine(jax.tree.map(lambda *leaves: jnp.stack(leaves), *arrays), rest)
+    stacked = eqx.combine(jax.tree.map(lambda *leaves: jnp.stack(leaves), *arrays), rest)
+    return roles.reshare(stacked) if shares else stacked
 
 
 def at(models: PyTree, index: int | Array) -> PyTree:
     """Of models stacked along a leading axis, the one at an index: what `stack` undoes."""
-    return jax.tree.map(lambda leaf: leaf[index] if eqx.is_array(leaf) else leaf, models)
+    take = lambda leaf: leaf[index] if eqx.is_array(leaf) else leaf  # noqa: E731
+    return roles.kept(lambda models: jax.tree.map(take, models), models)
 
 
 def finite(tree: PyTree) -> Bool[Array, ""]:
-    """Whether every inexact array of the tree is finite."""
+    """Whether every parameter of the tree is finite."""
     leaves = jax.tree.leaves(parameters(tree))
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 
 
 def norm(tree: PyTree) -> Float[Array, ""]:
-    """`‖x‖` over the inexact arrays of a tree."""
+    """`‖x‖` over the parameters of a tree."""
     squares = (jnp.sum(jnp.square(wide(leaf))) for leaf in jax.tree.leaves(parameters(tree)))
     return jnp.sqrt(sum(squares, jnp.zeros(())))

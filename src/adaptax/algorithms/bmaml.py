@@ -128,7 +128,8 @@ class BayesianMAML(MetaLearner):
             each = eqx.filter(model.stacked().models, mask)
             return Ensemble(each, eqx.filter(first, mask, inverse=True))
         mask = tree.adaptable(model, self.adapt_only)
-        return particles.around(model, self.particles, self.spread, key, mask)
+        how = {"differ": mask, "train_only": self.train_only}
+        return particles.around(model, self.particles, self.spread, key, **how)
 
     def adapt(self, meta: Meta, support: Source, *, key: PRNGKeyArray) -> Model:
         """An `Ensemble` of the particles after `eval_steps` steps on the support."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from .. import inner
+from .. import inner, roles
 from ..learner import Meta, MetaLearner
 from ..losses import Loss
 from ..task import Batch, Model, Source, Task
@@ -183,15 +183,12 @@ class LEO(MetaLearner):
         """
         if isinstance(model, dict) and "networks" in model:
             return model
+        how: dict[str, Any] = {"activation": self.activation, "train_only": self.train_only}
         networks: ClassCodes | TaskCode
         if self.codes == "class":
-            networks = ClassCodes(
-                model, self.latent, self.prior, key=key, activation=self.activation
-            )
+            networks = ClassCodes(model, self.latent, self.prior, key=key, **how)
         else:
-            networks = TaskCode(
-                model, self.latent, self.prior, self.hidden, key=key, activation=self.activation
-            )
+            networks = TaskCode(model, self.latent, self.prior, self.hidden, key=key, **how)
         return {
             "networks": networks,
             "inner_lr": jnp.full(self.latent, self.inner_lr),
@@ -253,18 +250,18 @@ class LEO(MetaLearner):
         With `codes="task"` the steps of the rates are in units of where the rates start: others
         take those of fine-tuning, which start small, from there to where all of them diverge.
         """
-        parts = []
+        rules = []
         if self.clip is not None:
-            parts = [optax.clip(self.clip), clip_each_by_norm(self.clip)]
-        parts.append(optax.adam(self.outer_lr))
+            rules = [optax.clip(self.clip), clip_each_by_norm(self.clip)]
+        rules.append(optax.adam(self.outer_lr))
         if self.codes == "task":
             units = {"networks": 1.0, "inner_lr": self.inner_lr, "finetune_lr": self.finetune_lr}
 
             def scaled(updates: Meta, _: Any) -> Meta:
                 return {name: optax.tree.scale(units[name], part) for name, part in updates.items()}
 
-            parts.append(optax.stateless(scaled))
-        return optax.chain(*parts)
+            rules.append(optax.stateless(scaled))
+        return optax.chain(*rules)
 
     def describe(self) -> dict[str, Any]:
         """Name, steps, rates, and the ablations."""
@@ -306,6 +303,10 @@ class LEO(MetaLearner):
             )
         return None
 
+    def part_of(self, path: str, meta: Meta) -> str | None:
+        """None: what `train_only` leaves out is not generated, and stays that of the model."""
+        return None
+
     @property
     def _steps(self) -> tuple[int, int]:
         return self.inner_steps, self.finetune_steps
@@ -333,8 +334,11 @@ class LEO(MetaLearner):
 
         def descend(start: Array, count: int, name: str, rates: Array, to_model: Any) -> Any:
             def view(now: Array, step: Any) -> Model:
-                drop = None if keys[name] is None else jax.random.fold_in(keys[name], step)
-                return dropping(to_model(now, step), drop, self.dropout)
+                model, own = to_model(now, step), keys[name]
+                if own is None:
+                    return model
+                own = jax.random.fold_in(own, step)
+                return dropping(roles.fresh(model, own), own, self.dropout)
 
             rule = inner.sgd(rates)
             if self.inner_clip is not None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.nn import initializers
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from .. import tree
+from .. import roles, tree
 from ..models import MLP, Linear
 from ..task import Batch, Model
 
@@ -52,10 +52,10 @@ class Gaussian(eqx.Module):
 
 
 class Template(eqx.Module):
-    """A model without its parameters.
+    """A model without the parameters that are generated.
 
     Args:
-        rest: what is not an inexact array.
+        rest: all else.
         structure: of the parameters.
         shapes: of the parameters.
     """
@@ -65,11 +65,18 @@ class Template(eqx.Module):
     shapes: tuple[tuple[int, ...], ...] = eqx.field(static=True)
 
     @classmethod
-    def of(cls, model: Model) -> Template:
-        """The template of a model."""
-        params, rest = eqx.partition(model, eqx.is_inexact_array)
+    def of(
+        cls, model: Model, train_only: tree.Predicate | None = None
+    ) -> tuple[Template, list[Array]]:
+        """The template of a model, and the parameters that are to be generated."""
+        mask = tree.only(roles.trained(model), train_only, "train_only")
+        params, rest = eqx.partition(model, mask)
         leaves, structure = jax.tree.flatten(params)
-        return cls(rest, structure, tuple(leaf.shape for leaf in leaves))
+        return cls(rest, structure, tuple(leaf.shape for leaf in leaves)), leaves
+
+    def is_state(self, path: str) -> bool:
+        """Nothing here is trained; see `adaptax.roles`."""
+        return True
 
     def model(self, leaves: list[Array]) -> Model:
         """The model with these parameters."""
@@ -96,6 +103,7 @@ class ClassCodes(eqx.Module):
         prior: `"random"` draws codes from N(0, 1) whatever the support.
         key: of the initialisation.
         activation: of the relation network; ReLU in the paper.
+        train_only: which parameters are generated; see `LEO`.
 
     Raises:
         ValueError: for another model.
@@ -117,8 +125,9 @@ class ClassCodes(eqx.Module):
         *,
         key: PRNGKeyArray,
         activation: Activation = jax.nn.relu,
+        train_only: tree.Predicate | None = None,
     ):
-        self.template = Template.of(model)
+        self.template, _ = Template.of(model, train_only)
         matrices = [shape for shape in self.template.shapes if len(shape) == 2]
         others = [shape for shape in self.template.shapes if len(shape) != 2]
         if len(matrices) != 1 or others not in ([], [matrices[0][1:]]):
@@ -240,6 +249,7 @@ class TaskCode(eqx.Module):
             many features as its last hidden layer has.
         key: of the initialisation.
         activation: of the three; ReLU by default.
+        train_only: which parameters are generated; see `LEO`.
 
     Raises:
         ValueError: for a model without matrices.
@@ -264,19 +274,21 @@ class TaskCode(eqx.Module):
         *,
         key: PRNGKeyArray,
         activation: Activation = jax.nn.relu,
+        train_only: tree.Predicate | None = None,
     ):
-        self.template = Template.of(model)
-        matrices = [shape for shape in self.template.shapes if len(shape) == 2]
+        self.template, chosen = Template.of(model, train_only)
+        shapes = [leaf.shape for leaf in jax.tree.leaves(tree.parameters(model))]
+        matrices = [shape for shape in shapes if len(shape) == 2]
         if not matrices:
             raise ValueError(
                 "LEO reads the widths of inputs and targets from the model's matrices, and its "
-                f"parameters have shapes {list(self.template.shapes)}; give it an MLP"
+                f"parameters have shapes {shapes}; give it an MLP"
             )
         self.sizes = (matrices[0][0], matrices[-1][1])
         self.latent, self.prior = latent, prior
         keys = jax.random.split(key, 5)
         (*first, features), second, (*third, last) = hidden
-        start = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree.parameters(model))])
+        start = jnp.concatenate([leaf.ravel() for leaf in chosen])
         self.encoder = MLP(sum(self.sizes), features, first, key=keys[0], activation=activation)
         self.relation = MLP(2 * features, 2 * latent, second, key=keys[1], activation=activation)
         self.decoder = MLP(latent, last, third, key=keys[2], activation=activation)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from .. import tree
+from .. import roles, tree
 from ..learner import Meta
 from ..task import Model, Task
 from .leo_networks import Gaussian
@@ -158,7 +158,7 @@ def rescue(
         return judged(meta, value, metrics, usable & ~jnp.isfinite(value))
 
     def forward(perturbed: Any, meta: Meta, task: Task, key: PRNGKeyArray) -> Any:
-        trained, fixed = eqx.partition(meta, eqx.is_inexact_array)
+        trained, fixed = eqx.partition(meta, roles.trained(meta))
 
         def scalar(trained: Meta) -> Any:
             value, metrics, usable = objective(eqx.combine(trained, fixed), task, key)

@@ -61,7 +61,8 @@ class MAMLEnsemble(MetaLearner):
         if isinstance(model, Ensemble):
             particles.demand(model, self.particles)
             return model.stacked()
-        return particles.around(model, self.particles, self.spread, key).stacked()
+        how = {"train_only": self.train_only}
+        return particles.around(model, self.particles, self.spread, key, **how).stacked()
 
     def adapt(self, meta: Meta, support: Source, *, key: PRNGKeyArray) -> Model:
         """An `Ensemble` of every member after `eval_steps` steps on the support."""

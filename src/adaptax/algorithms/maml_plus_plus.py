@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from .. import batch_norm, inner, tree
+from .. import batch_norm, inner, roles, tree
 from ..learner import Meta, MetaLearner
 from ..losses import Loss
 from ..task import Model, Source, Task
@@ -185,7 +185,7 @@ class MAMLPlusPlus(MetaLearner):
         value = jax.lax.switch(self._phase(now), losses)
         if not at.get("norm_statistics"):
             return value
-        inexact, rest = eqx.partition(at, eqx.is_inexact_array)
+        inexact, rest = eqx.partition(at, roles.trained(at))
         loss = lambda at: self.meta_loss(  # noqa: E731
             eqx.combine(at, rest), task, key=key, progress=progress
         )[0]
@@ -233,6 +233,10 @@ class MAMLPlusPlus(MetaLearner):
             "inner_lr": self.inner_lr,
             "parts": ", ".join(name for name, on in parts.items() if on) or "none",
         }
+
+    def part_of(self, path: str, meta: Meta) -> str | None:
+        """As for other learners; running statistics follow the data also where nothing trains."""
+        return None if path.startswith("norm_statistics/") else super().part_of(path, meta)
 
     @property
     def _eval_steps(self) -> int:
@@ -362,7 +366,8 @@ class MAMLPlusPlus(MetaLearner):
             rows, moved = _carry(meta, end["norm_statistics"])
 
         def loss(model: Model, step: int | Array) -> Float[Array, ""]:
-            model = _observed(self._at(rows, model, step), "norm_statistics" in meta)
+            model = roles.fresh(self._at(rows, model, step), jax.random.fold_in(query_key, step))
+            model = _observed(model, "norm_statistics" in meta)
             return self.loss(model, task.query.draw(model, query_key))
 
         if not phase.multi_step:
@@ -436,7 +441,7 @@ def _switch(
         return jax.lax.switch(index, calls, arrays)
 
     def forward(perturbed: Any, meta: Meta, rest: Any, index: Array) -> tuple[Array, Meta]:
-        trained, fixed = eqx.partition(meta, eqx.is_inexact_array)
+        trained, fixed = eqx.partition(meta, roles.trained(meta))
         arrays, static = eqx.partition((fixed, rest), eqx.is_array)
 
         def derived(f: Callable[..., Array]) -> Callable[..., Any]:

@@ -9,13 +9,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from .. import tree
+from .. import roles, tree
 from ..learner import Ensemble
 from ..task import Batch, Model, Source
 
 
 def around(
-    model: Model, count: int, spread: float, key: PRNGKeyArray, differ: PyTree = None
+    model: Model,
+    count: int,
+    spread: float,
+    key: PRNGKeyArray,
+    differ: PyTree = None,
+    train_only: tree.Predicate | None = None,
 ) -> Ensemble:
     """A model, and others like it: where the particles of a learner start.
 
@@ -27,15 +32,18 @@ def around(
         count: how many there are to be, M.
         spread: s, in (0, 1]. With 1 the others are independent of the arrays, and of their scale.
         key: of the draws.
-        differ: a mask of the arrays to draw, the others are shared; all inexact ones if `None`.
+        differ: a mask of the arrays to draw, the others are shared; all parameters if `None`.
+        train_only: a predicate on paths choosing what is drawn of those; the others are equal.
 
     Raises:
         ValueError: if none of the arrays varies over its entries, so that all would be equal.
     """
-    mask = eqx.is_inexact_array if differ is None else differ
+    mask = roles.trained(model) if differ is None else differ
     arrays, shared = eqx.partition(model, mask)
 
-    def draw(leaf: Array, noise: Array) -> Array:
+    def draw(path: str, leaf: Array, noise: Array) -> Array:
+        if not (train_only or tree.every)(path):
+            return jnp.broadcast_to(leaf, (count, *leaf.shape))
         mean, std = jnp.mean(leaf), jnp.std(leaf)
         others = mean + math.sqrt(1 - spread**2) * (leaf - mean) + spread * std * noise
         return jnp.concatenate([leaf[None], others])
@@ -43,7 +51,7 @@ def around(
     @eqx.filter_jit
     def draw_all(arrays: PyTree, key: PRNGKeyArray) -> PyTree:
         tiled = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count - 1, *leaf.shape)), arrays)
-        return jax.tree.map(draw, arrays, tree.noise_like(key, tiled))
+        return jax.tree.map(draw, tree.paths(arrays), arrays, tree.noise_like(key, tiled))
 
     drawn = draw_all(arrays, key)
     leaves = jax.tree.leaves(drawn)

@@ -158,6 +158,10 @@ class ProbabilisticMAML(MetaLearner):
         """The meta-loss; to first order with every gradient inside it computed from `at`."""
         return self._objective(meta, at if self.first_order else meta, task, key, progress)[0]
 
+    def part_of(self, path: str, meta: Meta) -> str | None:
+        """What follows the name of the part; nothing where one rate is for all."""
+        return path.partition("/")[2] or None
+
     def describe(self) -> dict[str, Any]:
         """Name, steps, rate, samples and weight of the KL."""
         return {

@@ -122,6 +122,12 @@ class Reptile(MetaLearner):
             distance += tree.squared_distance(meta["state"], inner.stop(_as_floats(state)))
         return distance / 2
 
+    def part_of(self, path: str, meta: Meta) -> str | None:
+        """As for other learners; the carried state is replaced in any case."""
+        if meta is not _model(meta) and path.startswith("state/"):
+            return None
+        return super().part_of(path, meta)
+
     def optimizer(self, steps: int) -> optax.GradientTransformation:
         """Gradient descent with ε from `outer_lr` linearly to 0; a carried state is replaced."""
         reptile = optax.sgd(optax.linear_schedule(self.outer_lr, 0.0, steps))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from .. import feed, io, metrics
+from .. import feed, io, metrics, roles
 from ..evaluate import predict
 from ..learner import Meta, MetaLearner
 from ..mapping import Mapping, chunk_size, with_fast_path
@@ -181,7 +181,7 @@ def active_learning(
         `tasks = adaptax.tasks.omniglot(way=5, shot=15, train_shot=1)`
     """
     _check(tasks, start, queries, at_once, strategies, episodes, noise)
-    learner = with_fast_path(learner, "auto")
+    learner, meta = with_fast_path(learner, "auto"), roles.deduplicate(meta)
     probe = feed.load(tasks, key, jnp.zeros(1, jnp.uint32))
     first = jax.tree.map(lambda leaf: leaf[0], probe)
     facts = _facts(learner, meta, eqx.filter_eval_shape(feed.task, tasks, first), key)
@@ -323,12 +323,12 @@ class _Game(eqx.Module):
         An order is a permutation of the pool at all times: nothing can be asked for twice.
         """
         adapt_key, _, query_key = jax.random.split(key, 3)  # as `evaluate` has them
-        task = feed.task(self.tasks, loaded)
+        task, meta = feed.task(self.tasks, loaded), roles.fresh(self.meta, key)
         pool = task.support
 
         def one(order: Int[Array, " pool"], informed: Int[Array, ""]) -> Any:
             labelled = jax.tree.map(lambda a: a[order[:count]], pool)
-            model = self.learner.adapt(self.meta, labelled, key=adapt_key)
+            model = self.learner.adapt(meta, labelled, key=adapt_key)
             query = task.query.draw(model, query_key)
             answer = lambda x: predict(model, x, labelled.x, transductive=True)  # noqa: E731
             scores = self._scores(answer(query.x), query.y)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from .. import feed, io, tree
+from .. import feed, io, roles, tree
 from ..algorithms.maml import MAML
 from ..algorithms.reptile import Reptile
 from ..learner import MetaLearner
@@ -141,7 +141,7 @@ def taylor_coefficients(
     Example:
         `taylor_coefficients(ax.FOMAML(loss, inner_steps=2), model, tasks.train, key=key)`
     """
-    n = _count(learner, minibatches)
+    n, model = _count(learner, minibatches), roles.deduplicate(model)
     if count < 1 or (orderings is not None and orderings < 1) or not len(rates):
         raise ValueError(
             f"count={count}, orderings={orderings} and rates={list(rates)} should be at least one "
@@ -247,12 +247,13 @@ def _measure(
     orderings: int | None,
 ) -> tuple[Float[Array, "count p"], Float[Array, "count p"], Float[Array, "rates count p"]]:
     """For every task: the mean of `ḡ_i`, the mean of `H̄_j ḡ_i`, and the mean meta-gradient."""
-    params, rest = eqx.partition(model, eqx.is_inexact_array)
+    params, rest = eqx.partition(model, roles.trained(model))
+    loss = roles.pure(learner.loss)
 
     def one(loaded: PyTree, key: PRNGKeyArray) -> tuple[Array, Array, Array]:
         cut_key, order_key, learner_key = jax.random.split(key, 3)
         batches = _cut(feed.task(tasks, loaded).support, n, cut_key)
-        slope = lambda p, b: jax.grad(lambda p: learner.loss(eqx.combine(p, rest), b))(p)  # noqa: E731
+        slope = lambda p, b: jax.grad(lambda p: loss(eqx.combine(p, rest), b))(p)  # noqa: E731
         each = jax.lax.map(lambda b: slope(params, b), batches)
         total = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), each)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from .. import io, metrics, tree
+from .. import io, metrics, roles, tree
 from ..learner import Meta, MetaLearner
 from ..mapping import everywhere, local_mesh, map_over
 from ..task import episode_key
@@ -167,7 +167,7 @@ class Evaluator:
 
     def __call__(self, meta: Meta, *, key: PRNGKeyArray) -> Returns:
         """Returns on the tasks that `key` names."""
-        meta = everywhere(meta, self._mesh)
+        meta = everywhere(roles.deduplicate(meta), self._mesh)
         values, sound = jax.tree.map(np.asarray, self._program(meta, key))
         wrong = sound & ~np.isfinite(values)
         if wrong.any():
@@ -196,6 +196,7 @@ class Evaluator:
     def _task(self, meta: Meta, key: PRNGKeyArray, i: Array) -> tuple[Array, Array]:
         """Return, and whether the policy is finite, after every number of steps."""
         task_key, adapt_key, judge_key = jax.random.split(key, 3)
+        meta = roles.fresh(meta, key)
         task = self.tasks.episode(task_key, i)
         path = self.learner.iterates(meta, task.support, key=adapt_key, steps=self.steps)
         arrays, rest = eqx.partition(path, eqx.is_array)

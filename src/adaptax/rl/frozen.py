@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key, PRNGKeyArray, PyTree
 
-from .. import inner, tree
+from .. import inner, roles, tree
 from ..learner import Meta, MetaLearner
 from ..mapping import Mapping, chunk_size
 from ..task import Batch, Model, Source, Task
@@ -135,7 +135,7 @@ def _after(
     learner: MetaLearner, meta: Meta, source: Source, key: PRNGKeyArray, steps: int
 ) -> Model:
     """The last of the learner's iterates."""
-    path = learner.iterates(meta, source, key=key, steps=steps)
+    path = learner.iterates(roles.fresh(meta, key), source, key=key, steps=steps)
     return tree.at(path, -1)
 
 

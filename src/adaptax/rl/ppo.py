@@ -95,7 +95,7 @@ class PPO(eqx.Module):
     def _on_device(self, across: Across, common: PyTree, mine: PyTree) -> PyTree:
         """The step from the tasks of one device, all means taken over those of all."""
         learner, meta, state = common
-        trained, fixed = eqx.partition(meta, eqx.is_inexact_array)
+        trained, fixed = eqx.partition(meta, learner.trained(meta))
         tasks, keys = mine
         found = collect_all(learner, meta, tasks, keys, self.mapping)
         rolled_out, rest = eqx.partition(found, eqx.is_array)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
-from .. import inner
+from .. import inner, roles
 from ..learner import Ensemble, MetaLearner
 from ..task import Batch, Model, Task, TaskDistribution
 from .advantages import discounted, gae, standardise
@@ -90,7 +90,7 @@ class RollOut(eqx.Module):
         def step(carry: tuple[Any, Array], keys: Array) -> tuple[tuple[Any, Array], tuple]:
             (state, alive), (act_key, env_key) = carry, keys
             seen = jax.vmap(env.observe)(state)
-            law = policy(seen)
+            law = roles.apply(policy, seen)
             action = law.sample(act_key)
             keys = jax.random.split(env_key, self.trajectories)
             state, reward, done = jax.vmap(env.step)(state, action, keys)

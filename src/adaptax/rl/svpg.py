@@ -119,7 +119,8 @@ class BayesianMAML(MetaLearner):
         if isinstance(model, Ensemble):
             particles.demand(model, self.particles)
             return Policies(model.stacked().models)
-        start = particles.around(model, self.particles, self.spread, key)
+        how = {"train_only": self.train_only}
+        start = particles.around(model, self.particles, self.spread, key, **how)
         return Policies(start.stacked().models)
 
     def adapt(self, meta: Policies, support: Source, *, key: PRNGKeyArray) -> Policies:
@@ -254,6 +255,7 @@ class ParticleTRPO(eqx.Module):
         (learner, meta), (tasks, keys) = common, mine
         found = collect_all(learner, meta, tasks, keys, self.trpo.mapping)
         arrays, rest = eqx.partition(meta.models, eqx.is_array)
+        how = {"train_only": learner.train_only}
 
         def improve(m: Array) -> tuple[Any, Array, dict[str, Array]]:
             one = eqx.combine(jax.tree.map(lambda leaf: leaf[m], arrays), rest)
@@ -264,9 +266,9 @@ class ParticleTRPO(eqx.Module):
                 support = jax.tree.map(
                     lambda leaf: leaf[:, :, m] if eqx.is_array(leaf) else leaf, support
                 )
-                member = MAML(learner.loss, learner.inner_lr, learner.inner_steps)
+                member = MAML(learner.loss, learner.inner_lr, learner.inner_steps, **how)
             else:
-                member = _Member(learner.loss, learner, meta, m)
+                member = _Member(learner.loss, learner, meta, m, **how)
             return self.trpo.on_device(across, (member, one), (Task(support, query), keys))
 
         new, values, metrics = jax.lax.map(improve, jnp.arange(learner.particles))

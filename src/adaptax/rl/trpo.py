@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from .. import tree
+from .. import roles, tree
 from ..learner import Meta, MetaLearner
 from ..losses import Loss
 from ..mapping import Across, Mapping, chunk_size, map_over, over_devices, sum_over, task_count
@@ -121,7 +121,7 @@ class TRPO(eqx.Module):
             mine: this device's tasks, and a key for each.
         """
         learner, meta = common
-        trained, fixed = eqx.partition(meta, eqx.is_inexact_array)
+        trained, fixed = eqx.partition(meta, learner.trained(meta))
         theta, flat_to_tree = ravel_pytree(jax.tree.map(tree.wide, trained))
         unravel = lambda theta: tree.in_types_of(trained, flat_to_tree(theta))  # noqa: E731
         tasks, keys = mine
@@ -132,7 +132,8 @@ class TRPO(eqx.Module):
         def law(theta: Array, one: PyTree) -> PyTree:
             """The adapted policy's distribution of actions on D'."""
             one = eqx.combine(one, rest)
-            return adapt(learner, eqx.combine(unravel(theta), fixed), one)(one.query.x)
+            policy = adapt(learner, eqx.combine(unravel(theta), fixed), one)
+            return roles.apply(policy, one.query.x)
 
         def loss(law: PyTree, one: PyTree) -> Array:
             return self.objective(lambda x: law, one.query)
