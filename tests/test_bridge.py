@@ -167,6 +167,44 @@ def test_batch_norm_uses_the_batch_and_dropout_is_off():
     }
 
 
+def test_with_a_key_dropout_draws_anew_at_every_pass_of_training():
+    module, x = small(), jnp.asarray(images())
+    model = from_torch(module, key=jax.random.key(0))
+    close(model(x), model(x), 0)  # the same key
+    keyed = ax.roles.fresh(model, jax.random.key(1))
+    assert not np.allclose(model(x), keyed(x))
+    batch, learner = ax.Batch(x, jnp.arange(6) % 3), ax.MAML(ax.losses.cross_entropy, 0.1)
+    ends = [learner.adapt(model, batch, key=jax.random.key(i)) for i in range(2)]
+    assert not np.allclose(ends[0].params["7"]["bias"], ends[1].params["7"]["bias"])
+    assert ax.tree.count(model) == ax.tree.count(from_torch(module))
+    assert torch.equal(to_torch(ends[0], module)[0].bias, torch.tensor(
+        np.array(ends[0].params["0"]["bias"])))  # fmt: skip
+    module.eval()
+    close(from_torch(module, key=jax.random.key(0))(x), from_torch(module)(x))
+
+
+def test_tied_weights_take_one_step():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (nn.Linear(3, 3, bias=False) for _ in "ab")
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(x)))
+
+    module = Tied()
+    x, y = np.random.default_rng(0).random((2, 4, 3)).astype(np.float32)
+    adapted = ax.MAML(ax.losses.mse, 0.1, 1).adapt(
+        from_torch(module), ax.Batch(jnp.asarray(x), jnp.asarray(y)), key=jax.random.key(0)
+    )
+    loss = ((module(torch.tensor(x)) - torch.tensor(y)) ** 2).mean()
+    (slope,) = torch.autograd.grad(loss, [module.a.weight])
+    back = to_torch(adapted, module)
+    assert back.a.weight is back.b.weight
+    close(back.b.weight.detach().numpy(), module.a.weight - 0.1 * slope)
+
+
 def test_drawing_random_numbers_is_an_error():
     class Noisy(nn.Module):
         def __init__(self):
@@ -284,6 +322,10 @@ def test_errors():
         from_torch(model)
     with pytest.raises(ValueError, match="'1' is parametrized"):
         from_torch(nn.Sequential(nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))))
+    with pytest.warns(FutureWarning):
+        hooked = nn.utils.weight_norm(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="'1' computes its weight in a hook, WeightNorm"):
+        from_torch(nn.Sequential(nn.ReLU(), hooked))
     ensemble = ax.Ensemble(ax.tree.stack([model, model]))
     with pytest.raises(TypeError, match="Ensemble"):
         to_torch(ensemble, module)

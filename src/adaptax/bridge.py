@@ -11,23 +11,33 @@ import functools
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
+from . import tree
 from .learner import Functional
 
+KEY = "random.key"
+"""Where a model keeps its key: a name that no submodule can have."""
 
-def from_torch(module: Any, *, channels_last: bool = True) -> Functional:
+_drawing: ContextVar[Any] = ContextVar("drawing", default=None)
+
+
+def from_torch(
+    module: Any, *, channels_last: bool = True, key: PRNGKeyArray | None = None
+) -> Functional:
     """A PyTorch module as a model, its parameters the module's.
 
     The parameters are nested by the names of the submodules, so the paths that learners know are
     `"params/conv1/weight"`: `adaptax.ANIL(loss, head="params/fc")` adapts the layer `fc`. What
-    is trained are the floating-point parameters that require a gradient; frozen parameters,
-    buffers and other tensors are constants. The module is copied, and not changed.
+    is trained are the floating-point parameters that require a gradient, tied ones once, under the
+    first of their names; frozen parameters, buffers and other tensors are constants. The module is
+    copied, and not changed.
 
     Some layers behave differently in training and evaluation. Here every layer has one behaviour,
     a pure function of parameters and inputs:
@@ -35,8 +45,9 @@ def from_torch(module: Any, *, channels_last: bool = True) -> Functional:
     * Batch (and instance) normalisation uses the statistics of the batch it is given, always, as
       the papers of the family do; running averages are neither used nor updated. Like all else,
       its scale and shift are adapted: leave them out with `adapt_only=`.
-    * Everything else is in evaluation mode: dropout is off.
-    * A `forward` that draws random numbers all the same is an error.
+    * Everything else is in evaluation mode: dropout is off. With a `key` it is in the mode that
+      the module is in, and what is random, such as dropout, draws anew at every pass of training.
+    * Without a key, a `forward` that draws random numbers all the same is an error.
 
     Args:
         module: a `torch.nn.Module`. It is called with the batch's `x`, or with keyword arguments
@@ -44,18 +55,19 @@ def from_torch(module: Any, *, channels_last: bool = True) -> Functional:
         channels_last: the images it is given are `(n, h, w, c)`, as tasks have them, and are
             handed to the module as PyTorch's `(n, c, h, w)`. Only arrays of four dimensions are
             images. `False` hands over arrays as they are.
+        key: of what is random in the module, such as dropout; see above.
 
     Raises:
         ImportError: without torch and torchax.
         TypeError: if `module` is not a `torch.nn.Module`.
-        ValueError: if it has nothing to train, or parametrized (such as weight-normalised)
-            layers, whose weights are not parameters.
+        ValueError: if it has nothing to train, or layers (such as weight-normalised ones) whose
+            weights are computed, by parametrization or a hook, and are not parameters.
 
     Example:
         `model = adaptax.from_torch(torch.nn.Sequential(...))`
     """
     torch, torchax = _import()
-    twin = _one_behaviour(module)
+    twin = _one_behaviour(module, key is not None)
     state, forward = torchax.extract_jax(twin, _environment())
     trained = {
         name
@@ -72,6 +84,7 @@ def from_torch(module: Any, *, channels_last: bool = True) -> Functional:
 
     def apply(params: PyTree, x: PyTree) -> PyTree:
         flat = dict(_flatten(params))
+        token = _drawing.set([flat.pop(KEY, None)])
         dtype = jnp.result_type(*flat.values())
 
         def enter(leaf: Any) -> Any:
@@ -82,10 +95,14 @@ def from_torch(module: Any, *, channels_last: bool = True) -> Functional:
 
         x = jax.tree.map(enter, x)
         args, kwargs = ((), x) if isinstance(x, Mapping) else ((x,), {})
-        with _no_fast_path(torch):
-            return forward({**fixed, **flat}, args, kwargs)
+        try:
+            with _no_fast_path(torch):
+                return forward({**fixed, **flat}, args, kwargs)
+        finally:
+            _drawing.reset(token)
 
-    return Functional(_nest(params), apply)
+    random = {} if key is None else {KEY: key}
+    return Functional(_nest(params) | random, apply, tree.every)
 
 
 def to_torch(adapted: Functional, module: Any) -> Any:
@@ -114,6 +131,8 @@ def to_torch(adapted: Functional, module: Any) -> Any:
     targets = dict(twin.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, array in _flatten(adapted.params):
+            if name == KEY:
+                continue
             shape = tuple(targets[name].shape) if name in targets else "no such parameter"
             if shape != array.shape:
                 raise ValueError(
@@ -126,12 +145,21 @@ def to_torch(adapted: Functional, module: Any) -> Any:
     return twin
 
 
-def _one_behaviour(module: Any) -> Any:
-    """A copy whose layers behave alike in training and evaluation."""
+def _one_behaviour(module: Any, random: bool) -> Any:
+    """A copy whose layers behave alike in training and evaluation, but for what is random."""
     torch, _ = _import()
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"from_torch takes a torch.nn.Module, not a {type(module).__name__}")
-    twin = copy.deepcopy(module).eval()
+    for name, layer in module.named_modules():
+        for hook in layer._forward_pre_hooks.values():
+            if type(hook).__module__.startswith("torch.nn.utils."):
+                raise ValueError(
+                    f"the layer {name or 'itself'!r} computes its weight in a hook, "
+                    f"{type(hook).__name__}, so that it is not a parameter; remove it first, as "
+                    "torch.nn.utils.remove_weight_norm does"
+                )
+    twin = copy.deepcopy(module)
+    twin = twin if random else twin.eval()
     for name, layer in twin.named_modules():
         if torch.nn.utils.parametrize.is_parametrized(layer):
             raise ValueError(
@@ -183,10 +211,15 @@ def _environment() -> Any:
 
     class Environment(tensor.Environment):
         def get_and_rotate_prng_key(self, generator: Any = None) -> Any:
-            raise ValueError(
-                "the module draws random numbers in its forward, but a model is a pure function "
-                "of its parameters and inputs; give functional dropout training=self.training"
-            )
+            drawing = _drawing.get()
+            if drawing is None or drawing[0] is None:
+                raise ValueError(
+                    "the module draws random numbers in its forward, but a model is a pure "
+                    "function of its parameters and inputs; give functional dropout "
+                    "training=self.training, or from_torch a key="
+                )
+            drawing[0], key = jax.random.split(drawing[0])
+            return key
 
     return Environment()
 
