@@ -130,6 +130,17 @@ def test_interrupted_and_resumed_is_uninterrupted(here, capsys, monkeypatch):
         np.testing.assert_array_equal(parts.get_tensor("meta/head/weight"), whole.head.weight)
 
 
+def test_what_is_not_to_be_trained_is_left_alone(here, capsys):
+    assert main([*SINE, "--train-only", "head", "--run", "run"]) == 0
+    with safe_open(here / "run" / "checkpoint.safetensors", framework="numpy") as file:
+        held = [name for name in file.keys() if not name.startswith("best_")]  # noqa: SIM118
+    assert any("head" in name for name in held)
+    assert not any("layers" in name for name in held)
+    assert main(["evaluate", "run", "--episodes", "4"]) == 0
+    assert main(["train", "ridge", "fsmol", "--train-only", "head"]) == 2
+    assert "trains no network; leave out --train-only" in capsys.readouterr().err
+
+
 def test_ctrl_c_in_a_process(here):
     command = "import sys; from adaptax.cli import main; sys.exit(main(sys.argv[1:]))"
     words = ["train", "maml", "sinusoid", "--steps", "10000000", "--run", "long"]

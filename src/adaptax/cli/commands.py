@@ -77,6 +77,8 @@ class Train:
     """meta-steps between validations, else a tenth of all"""
     patience: OwnInt = None
     """stop after so many validations without improvement"""
+    train_only: Word = None
+    """what meta-training trains, by its path in the network, such as `head`; the rest stays"""
     keep: Int = None
     """best checkpoints by validation to keep; of two or more the ensemble is scored too"""
     fast_path: bool = True

@@ -59,6 +59,9 @@ def experiment_of(asked: Train) -> Experiment:
     experiment = with_path(closest(asked.algorithm, asked.tasks, way, shot), asked.path)
     task = {"shot": asked.shot, "query": asked.query} if fixed else {"query": asked.query}
     learner: dict[str, Any] = {"inner_steps": asked.inner_steps, "eval_steps": asked.eval_steps}
+    learner["train_only"] = asked.train_only
+    if asked.train_only is not None and asked.algorithm in ("ridge", "class-mean"):
+        raise ValueError(f"{asked.algorithm} trains no network; leave out --train-only")
     learner["inner_adam" if "inner_adam" in experiment.learner else "inner_lr"] = asked.inner_lr
     outer: dict[str, Any] = {}
     if asked.algorithm == "ridge":

@@ -50,7 +50,8 @@ class Experiment:
             its name in `ACTIVATIONS`.
         learner: arguments of the learner; `inner_adam` stands for an inner rule, Adam without
             momentum at that rate; `loss`, with `reduction` and `noise`, for a loss by its name in
-            `LOSSES`; and `adapt_only` for what is under a name, such as `"head"`.
+            `LOSSES`; and `adapt_only` and `train_only` for what is under a name, such as
+            `"head"`.
         outer: the outer optimizer: `{"adam": rate, "clip": bound}`, either may be missing; the
             learner's own if empty; or `{"trpo": bound of the KL, …}`, with further arguments, and
             `"each": True` for a trust region of each of several policies; or `{"ppo": rate of
@@ -194,8 +195,9 @@ class Experiment:
             arguments["inner_optimizer"] = inner.adam(arguments.pop("inner_adam"))
         if arguments.pop("adapt_everything", False):
             arguments["adapt_only"] = tree.every
-        elif isinstance(arguments.get("adapt_only"), str):
-            arguments["adapt_only"] = tree.under(arguments["adapt_only"])
+        for name in ("adapt_only", "train_only"):
+            if isinstance(arguments.get(name), str):
+                arguments[name] = tree.under(arguments[name])
         make = ALGORITHMS[self.algorithm]
         if self.algorithm == "bmaml" and self.tasks in ENVIRONMENTS:
             make = rl.BayesianMAML
