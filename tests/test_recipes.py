@@ -258,6 +258,12 @@ def test_short_recipes_are_shorter_and_of_the_same_cell():
             assert recipe.about.startswith(full.about)
 
 
+def test_reptile_sums_where_its_code_has_numbers_alone():
+    sums = {tasks: closest("reptile", tasks).learner["reduction"] == "sum"
+            for tasks in ("omniglot", "mini_imagenet", "glyphs", "folder")}  # fmt: skip
+    assert sums == {"omniglot": True, "mini_imagenet": True, "glyphs": False, "folder": False}
+
+
 def test_compared_algorithms_share_tasks_and_network():
     for tasks, names in (("sinusoid", COMPARED["sinusoid"]), ("glyphs", COMPARED["images"])):
         experiments = [comparable(name, tasks) for name in names]

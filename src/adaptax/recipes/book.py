@@ -475,8 +475,9 @@ def _without_paper(experiment: Experiment) -> Experiment:
     task["query"] = max(experiment.task["query"], 5)
     learner, network = dict(experiment.learner), dict(experiment.network)
     if experiment.algorithm == "reptile":
-        # Few examples a class: train on all that an episode has.
-        learner |= {"include_query": True, "eval_steps": 10}
+        # Few examples a class: train on all that an episode has. On Omniglot the mean of the loss
+        # did no worse than the sum of the released code, and better in short runs.
+        learner |= {"include_query": True, "eval_steps": 10, "reduction": "mean"}
     if experiment.algorithm == "pretrained":
         learner["adapt_everything"] = True
     network["head_init"] = "glorot"  # starts faster than MAML's N(0, 1)
