@@ -1,14 +1,19 @@
 """The command line: every command end to end, every error in one sentence, nothing half-written."""
 
+import csv
 import dataclasses
+import importlib.util
 import io
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
@@ -458,6 +463,31 @@ def sentence(capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ([], "name a command of `adaptax`: train, "),
+        (["recipes"], "name a command of `adaptax recipes`: list, "),
+        (["trian"], "did you mean train?"),
+        (["recipes", "lst"], "did you mean list?"),
+        (["recipes", "show"], "`adaptax recipes show` wants NAME"),
+        (["evaluate"], "`adaptax evaluate` wants RUN"),
+        (["evaluate", "a", "b"], "'b' is a word too many"),
+        (["predict", "run"], "--support (folder"),
+        (["train", "sgd", "sinusoid"], "ALGORITHM 'sgd' is not one of maml, "),
+        (["train", "maml", "sinusoids"], "did you mean sinusoid?"),
+        (["train", "maml", "sinusoid", "--stps", "1"], "did you mean --steps?"),
+        (["train", "maml", "sinusoid", "--bogus", "1"], "--bogus is no option"),
+        (["train", "maml", "sinusoid", "--way"], "--way wants INT"),
+        (["train", "maml", "sinusoid", "--way", "x"], "--way: 'x' is not a whole number"),
+        (["train", "maml", "sinusoid", "--episodes", "-5"], "--episodes: '-5' is not"),
+        (["train", "maml", "sinusoid", "--inner-lr", "-1"], "--inner-lr: '-1' is not"),
+        (["train", "maml", "sinusoid", "--inner-lr", "nan"], "--inner-lr: 'nan' is not"),
+        (["train", "maml", "sinusoid", "--seed", "9" * 20], "--seed: "),
+        (["train", "maml", "sinusoid", "--steps", "2147483648"], "--steps: "),
+        (["train", "maml", "sinusoid", "--mapping", "0"], "--mapping: '0' is not auto, scan"),
+        (["evaluate", "run", "--split", "train"], "--split 'train' is not one of test, val"),
+        (["analyze", "gradients", "--inner-steps", "2", "x"], "--inner-steps: "),
+        (["--tyro-print-completion", "fsh"], "Shell"),
+        (["evaluate", "a[/b]"], "a[/b] holds no run"),
+        (["evaluate", "a\x1b[31m\udcff\n"], "a\\x1b[31m\\udcff holds no run"),
         (["train"], "name an algorithm"),
         (["train", "maml", "sinusoid", "--way", "3"], "no ways"),
         (["train", "maml", "omniglot", "--data-root", "nowhere"], "nowhere"),
@@ -468,7 +498,7 @@ def sentence(capsys):
         (["train", "maml", "glyphs", "--way", "5000"], "way=5000"),
         (["train", "maml", "glyphs", "--query", "20"], "shot + query"),
         (["train", "maml", "sinusoid", "--steps", "0"], "steps"),
-        (["train", "maml", "sinusoid", "--meta-batch", "0"], "meta_batch"),
+        (["train", "maml", "sinusoid", "--meta-batch", "0"], "--meta-batch: '0' is not"),
         (["train", "maml", "sinusoid", "--set", "rate=1"], "section.name=value"),
         (["train", "maml", "sinusoid", "--set", "learner.rate=1"], "rate"),
         (["train", "maml", "sinusoid", "--set", "network.depth=1"], "depth"),
@@ -484,7 +514,10 @@ def sentence(capsys):
         (["compare", "circles", "--algorithms", "ridge"], "not for classes"),
         (["train", "maml", "circles", "--way", "3"], "two ways"),
         (["train", "ridge", "fsmol", "--inner-lr", "1"], "no inner steps"),
-        (["train", "bmaml", "sinusoid", "--set", "learner.loss=huber"], "no loss"),
+        (
+            ["train", "bmaml", "sinusoid", "--set", "learner.loss=huber"],
+            "learner.loss 'huber': there are ",
+        ),
         (["compare", "omniglot", "--data-root", "nowhere"], "nowhere"),
         (["recipes", "show", "maml-omniglot"], "maml-omniglot-"),
         (["recipes", "run", "nothing-like-it"], "recipes list"),
@@ -493,17 +526,6 @@ def sentence(capsys):
 def test_errors_are_a_sentence_and_leave_nothing(words, said, capsys, here):
     assert main(words) == 2
     assert said in sentence(capsys)
-    assert list(here.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    "words",
-    [["train", "sgd", "sinusoid"], ["train", "maml", "sinusoid", "--bogus", "1"],
-     ["train", "maml", "sinusoid", "--way", "x"], ["evaluate"], ["nonsense"], []],
-)  # fmt: skip
-def test_words_that_cannot_be_parsed(words, capsys, here):
-    assert main(words) == 2
-    assert "adaptax" in capsys.readouterr().err
     assert list(here.iterdir()) == []
 
 
@@ -548,8 +570,6 @@ def test_predict_says_what_is_wrong(image_run, sine_run, capsys, here):
     assert main(["predict", str(image_run), *words]) == 2
     assert "support is not a folder" in sentence(capsys)
     write_images(here, glyphs(2, 1, 1).test.sample(jax.random.key(0)))
-    assert main(["predict", str(image_run), *words]) == 2
-    assert "2 class folders" in sentence(capsys)
     (here / "support" / "c2").mkdir()
     assert main(["predict", str(image_run), *words]) == 2
     assert "no images" in sentence(capsys)
@@ -586,3 +606,141 @@ def test_progress_on_a_terminal():
 
 def test_help_does_not_need_the_implementation():
     assert not hasattr(commands, "jax")
+
+
+def test_any_number_of_ways_and_where_its_settings_are_from(here, capsys):
+    folder = here / "classes"
+    for c in range(60):
+        for i in range(2):
+            path = folder / f"c{c}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8), 4 * c + i, np.uint8)).save(path)
+    words = ["train", "anil", "folder", "--path", str(folder), "--way", "12", "--shot", "1",
+             "--query", "1", "--steps", "2", "--episodes", "4",
+             "--set", "task.splits=[0.4,0.3,0.3]", "--set", "task.image_size=8",
+             "--set", "network.mlp=[4]", "--set", "network.in_size=192",
+             "--run", "a[/b]"]  # fmt: skip
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert 'settings: recipe maml-mini_imagenet-5w1s but for algorithm "anil"' in text
+    assert "task.way 12" in text
+    assert "run folder: a[/b]" in text
+    assert json.loads((here / "a[/b]" / "test.json").read_text())["settings"] in text
+
+
+def test_what_does_not_suit_the_data_is_told_before_training(here, capsys):
+    for setting, said in (
+        ("network.in_size=3", "does not take the inputs of sinusoid, of shape (1,)"),
+        ("evaluation.noise=0", "noise"),
+        ("evaluation.episodes=0", "episodes"),
+    ):
+        assert main([*SINE, "--set", setting, "--run", "new"]) == 2
+        assert said in sentence(capsys)
+        assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c.pop("training"), "training is null"),
+        (lambda c: c.update(training={"steps": 3}), "training.steps is not a setting"),
+        (lambda c: c.update(training={"mapping": 0.5}), "training.mapping"),
+        (lambda c: c.update(data_root=3), "data_root is 3"),
+        (lambda c: c["experiment"].update(network=None), "network should name"),
+        (lambda c: c["experiment"]["outer"].update(sgd=0.5), "outer.sgd is not a setting"),
+        (lambda c: c["experiment"].update(seed=math.nan), "seed is nan"),
+        (lambda c: c.update(tuned=[]), "no JSON object"),
+    ],
+)
+def test_configurations_are_checked_where_they_enter(change, said, sine_run, here, capsys):
+    shutil.copytree(sine_run, here / "run")
+    config = json.loads((here / "run" / "config.json").read_text())
+    change(config)
+    (here / "run" / "config.json").write_text(json.dumps(config))
+    for words in (["evaluate", "run"], ["train", "--resume", "run"]):
+        assert main(words) == 2
+        text = sentence(capsys)
+        assert "config.json: " in text
+        assert said in text
+
+
+@pytest.mark.parametrize("content", [b"[" * 5000, b"\xff\xfe", b"9" * 5000, b"[1]"])
+def test_configurations_that_are_no_json(content, sine_run, here, capsys):
+    shutil.copytree(sine_run, here / "run")
+    (here / "run" / "config.json").write_bytes(content)
+    assert main(["evaluate", "run"]) == 2
+    assert "config.json is not " in sentence(capsys)
+
+
+def test_predict_takes_files_folders_and_patterns(image_run, here, capsys):
+    episode = glyphs(3, 1, 2).test.sample(jax.random.key(0))
+    write_images(here, episode)
+    (here / "query" / "c0").rename(here / "query" / "[red]c0")
+    (here / "x[").mkdir()
+    (here / "query" / "[red]c0" / "0.png").rename(here / "x[/y].png")
+    words = ["predict", str(image_run), "--support", "support", "--query"]
+    assert main([*words, "x[/y].png"]) == 0
+    assert "x[/y].png" in capsys.readouterr().out
+    asked = ["x[/y].png", "query/c*/0.png", "query/[[]red]c0"]
+    assert main([*words, *asked, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["predictions"]
+    files = ["x[/y].png", "query/c1/0.png", "query/c2/0.png", "query/[red]c0/1.png"]
+    assert [row["file"] for row in rows] == files
+    for row in rows:  # of a single model the entropy is that of its probabilities
+        p = np.array(list(row["probabilities"].values()))
+        assert row["entropy"] == pytest.approx(float(-(p * np.log(p)).sum()), abs=1e-4)
+        assert "epistemic" not in row
+    assert main([*words, *asked, "--out", "a/table.csv"]) == 0
+    capsys.readouterr()
+    with open(here / "a" / "table.csv", encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert list(table[0]) == ["file", "label", "probability", "entropy", "p_c0", "p_c1", "p_c2"]
+    assert [row["file"] for row in table] == files
+    assert float(table[1]["p_c2"]) == rows[1]["probabilities"]["c2"]
+    assert main([*words, *asked, "--out", "table.json"]) == 0
+    assert json.loads((here / "table.json").read_text()) == rows
+    capsys.readouterr()
+    for more, said in (
+        (["nowhere*"], "no such file"),
+        (["x[/y].png", "--out", "table.xls"], "should end in .csv, .json or .parquet"),
+        (["support/c0", "--steps", "-1"], "--steps: '-1' is not"),
+    ):
+        assert main([*words, *more]) == 2
+        assert said in sentence(capsys)
+
+
+def test_parquet_where_it_can_be_written(image_run, here, capsys):
+    write_images(here, glyphs(3, 1, 1).test.sample(jax.random.key(0)))
+    words = ["predict", str(image_run), "--support", "support", "--query", "query", "--out",
+             "table.parquet"]  # fmt: skip
+    if importlib.util.find_spec("pyarrow") is None:
+        assert main(words) == 2
+        assert "pip install pyarrow" in sentence(capsys)
+        return
+    import pyarrow.parquet
+
+    assert main(words) == 0
+    assert pyarrow.parquet.read_table(here / "table.parquet").num_rows == 3
+
+
+def test_predict_of_fewer_classes_is_that_of_a_smaller_head(image_run, here, capsys):
+    """Left out, an output moves nothing: the same as a network without it."""
+    episode = glyphs(2, 2, 2).test.sample(jax.random.key(0))
+    write_images(here, episode)
+    words = ["predict", str(image_run), "--support", "support", "--query", "query"]
+    assert main([*words, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    experiment, meta, _, _ = load(str(image_run))
+    head = meta.head
+    smaller = eqx.tree_at(
+        lambda m: (m.head.weight, m.head.bias), meta, (head.weight[:, :2], head.bias[:2])
+    )
+    assert smaller.head.weight.shape == (4, 2)
+    learner = experiment.build_learner()
+    model = learner.adapt(smaller, episode.support, key=jax.random.key(0))
+    logits = adaptax.predict(model, episode.query.x, episode.support.x, transductive=False)
+    for row, p in zip(result["predictions"], jax.nn.softmax(logits)):
+        np.testing.assert_allclose(list(row["probabilities"].values()), p, rtol=1e-4, atol=1e-6)
+    write_images(here, glyphs(4, 1, 1).test.sample(jax.random.key(0)))
+    assert main(words) == 2
+    assert "3 or fewer" in sentence(capsys)

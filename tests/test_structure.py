@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "adaptax"
 
 # A module imports from its own floor or from those before it.
 FLOORS = [
-    {"task", "tree", "roles", "program", "rewrite", "roots", "watch"},
+    {"task", "tree", "roles", "program", "rewrite", "roots", "watch", "text"},
     {"losses", "conv", "metrics", "io", "svgd", "augment", "process"},
     {"inner", "batch_norm"},
     {"learner"},
@@ -25,7 +25,7 @@ FLOORS = [
     {"train", "testing", "rl"},
     {"pretrain"},
     {"recipes", "report", "analysis"},
-    {"cli"},
+    {"cli", "__main__"},
 ]
 
 

@@ -11,11 +11,11 @@ from rich.console import Console
 from .. import report
 from ..evaluate import Report
 from ..recipes import ROWS, Experiment, ablated, changed
-from .app import Interrupted
 from .commands import Ablate
+from .console import Interrupted, consoles, free_folder, save_figure
 from .facts import command, dump, facts, keep
 from .progress import scoring
-from .training import Trained, consoles, fit_or_go_on, free_folder, save_figure
+from .training import Trained, fit_or_go_on
 
 UNVERIFIED = "the paper's numbers are quoted from memory, unverified"
 

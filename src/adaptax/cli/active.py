@@ -10,14 +10,15 @@ from rich.table import Table
 
 from .. import report
 from ..analysis.active import ActiveCurves, active_learning
-from ..recipes import TITLES, changed
+from ..recipes import ENVIRONMENTS, TITLES, changed
 from ..report.uncertainty import active_curves
+from ..text import shown
 from .commands import AnalyzeActive
+from .console import consoles, free_folder, save_figure
 from .facts import command, dump, facts, keep
 from .inspection import load
 from .progress import scoring
 from .settings import with_settings
-from .training import consoles, free_folder, save_figure
 
 
 def active(asked: AnalyzeActive) -> None:
@@ -28,6 +29,8 @@ def active(asked: AnalyzeActive) -> None:
     for folder in asked.runs:
         experiment, meta, _, config = load(folder)
         experiment = with_settings(experiment, asked.set)
+        if experiment.tasks in ENVIRONMENTS:
+            raise ValueError(f"{folder} is of {experiment.tasks}, where there are no labels to ask")
         families.add(experiment.tasks)
         if len(families) > 1:
             raise ValueError(
@@ -35,15 +38,15 @@ def active(asked: AnalyzeActive) -> None:
             )
         pooled = dataclasses.replace(
             experiment,
-            task={**experiment.task, "train_shot": experiment.task["shot"]},
+            task={**experiment.task, "train_shot": experiment.task.get("shot")},
             test_task={**experiment.test_task, "shot": asked.pool, "train_shot": None},
         )
         if asked.query is not None:
             pooled = changed(pooled, {"test_task": {"query": asked.query, "train_query": None}})
-        splits = pooled.splits(asked.data_root or config["data_root"], test=True)
+        splits = pooled.splits(asked.data_root or config.get("data_root"), test=True)
         tasks = splits.test if asked.split == "test" else splits.val
         name = TITLES[experiment.algorithm]
-        name = name if name not in curves else f"{name} ({folder})"
+        name = name if name not in curves else f"{name} ({shown(folder)})"
         noise = experiment.evaluation.get("noise", 1.0)
         with scoring(f"{name}, active", asked.episodes, progress) as watch:
             curves[name] = active_learning(

@@ -37,12 +37,12 @@ from ..recipes import Experiment
 from ..report import analysis as report
 from ..run import Run
 from ..task import Model, Splits, TaskDistribution
-from .app import Interrupted
 from .commands import AnalyzeGradients, AnalyzeTaylor
+from .console import Interrupted, consoles, free_folder
 from .facts import command, dump, facts, keep
 from .progress import scoring, watching
 from .settings import or_else
-from .training import consoles, free_folder, new_config
+from .training import new_config
 
 STEPS = {"combinations": 2_000, "overlap": 1_000}
 """Outer iterations of the short versions."""

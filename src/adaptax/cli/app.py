@@ -2,54 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
-from collections.abc import Sequence
+import tempfile
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
-import tyro
-from rich.console import Console
+import jax
 
-from . import commands, pretraining
+from ..text import shown
+from .console import Interrupted, say
+from .parsing import parse
 
-TOP = {
-    "train": commands.Train,
-    "evaluate": commands.Evaluate,
-    "compare": commands.Compare,
-    "ablate": commands.Ablate,
-    "predict": commands.Predict,
-    "pretrain": pretraining.Pretrain,
-    "embed": pretraining.Embed,
-}
-RECIPES = {
-    "list": commands.RecipesList,
-    "show": commands.RecipesShow,
-    "run": commands.RecipesRun,
-}
-ANALYZE = {
-    "gradients": commands.AnalyzeGradients,
-    "taylor": commands.AnalyzeTaylor,
-    "active": commands.AnalyzeActive,
-}
-ABOUT = """Meta-learning of the MAML family.
-
-For example:
-  adaptax compare sinusoid
-  adaptax train maml glyphs
-  adaptax COMMAND --help"""
-ABOUT_RECIPES = """The experiments of the papers' tables, by name.
-
-For example:
-  adaptax recipes run maml-sinusoid"""
-ABOUT_ANALYZE = """What meta-gradients are made of, and what uncertainty is good for.
-
-For example:
-  adaptax analyze taylor sinusoid"""
 HOST_DEVICES = "--xla_force_host_platform_device_count"
-
-
-class Interrupted(Exception):
-    """Ctrl-C, with what it says on the way out: how to go on."""
+PACKAGE = str(Path(__file__).parents[1])
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -59,46 +29,44 @@ def main(args: Sequence[str] | None = None) -> int:
         args: words of the command; those of the process if `None`.
 
     Returns:
-        0; 2 for bad input; 130 for Ctrl-C. With ADAPTAX_DEBUG=1 errors are raised instead.
+        0; 2 for bad input, and for faults of this package; 130 for Ctrl-C. With ADAPTAX_DEBUG=1
+        errors are raised instead.
     """
-    words = list(sys.argv[1:] if args is None else args)
-    _share_cores()
+    _open_streams()
+    code = _run(list(sys.argv[1:] if args is None else args))
     try:
-        _parse(words)()
+        sys.stdout.flush()
+    except OSError:  # a full disk, which was told, or a reader that is gone: nothing more to say
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+def _run(words: list[str]) -> int:
+    """The exit code of a command; says on stderr what went wrong."""
+    _share_cores()
+    # Errors come with all their frames, which tell ours from those of others.
+    jax.config.update("jax_traceback_filtering", "off")
+    try:
+        with _warnings_in_a_line():
+            parse(words)()
+            sys.stdout.flush()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Interrupted as stop:
-        _say(str(stop))
+        say(str(stop))
         return 130
     except KeyboardInterrupt:
-        _say("interrupted")
+        say("interrupted")
         return 130
     except BrokenPipeError:  # such as `adaptax recipes list | head`
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - so that closing it does not complain
         return 0
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+    except Exception as error:
         if os.environ.get("ADAPTAX_DEBUG"):
             raise
-        _say(f"error: {_sentence(error)}")
+        say(f"error: {_sentence(error)}")
         return 2
     return 0
-
-
-def _parse(words: Sequence[str]):  # type: ignore[no-untyped-def]
-    """The command that the words ask for."""
-    app, recipes, analyze = (tyro.extras.SubcommandApp() for _ in range(3))
-    # In the list of commands a line each will do; their own help is told whole.
-    whole = any(word in words for word in (*TOP, *RECIPES, *ANALYZE))
-    for group, known in ((app, TOP), (recipes, RECIPES), (analyze, ANALYZE)):
-        for name, command in known.items():
-            text = inspect.cleandoc(command.__doc__ or "")
-            group.command(name=name, help=text if whole else text.split("\n")[0])(command)
-    for name, group, about in (
-        ("recipes", recipes, ABOUT_RECIPES),
-        ("analyze", analyze, ABOUT_ANALYZE),
-    ):
-        app.command(group, name=name, help=about if name in words else about.split("\n")[0])
-    return app.cli(prog="adaptax", description=ABOUT, args=words)
 
 
 def _share_cores() -> None:
@@ -110,12 +78,69 @@ def _share_cores() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} {HOST_DEVICES}={cores}".strip()
 
 
-def _sentence(error: BaseException) -> str:
+def _open_streams() -> None:
+    """Let any text be written, whatever the locale, and although a stream is closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    def show(message: Warning | str, *where: Any, **more: Any) -> None:
+        say(f"warning: {_line(message)}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def _sentence(error: Exception) -> str:
+    """What went wrong, in a line.
+
+    A `ValueError` of this package is about what the user gave. One from elsewhere met something
+    that should have been checked before: a fault of ours, as are all other exceptions.
+    """
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{shown(error.filename)}: " if error.filename else ""
         return f"{where}{error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return (
+            "there is not enough memory for this; ask for fewer or smaller examples, tasks or "
+            f"networks ({_line(error)})"
+        )
+    if (
+        isinstance(error, ModuleNotFoundError)
+        or "determine home directory" in str(error)
+        or (isinstance(error, ValueError | OSError | FloatingPointError) and _is_ours(error))
+    ):
+        return _line(error)
+    return (
+        f"this is a fault of adaptax: {type(error).__name__}, {_line(error, 300)}; please report "
+        f"it with the command and {_log(error)}"
+    )
 
 
-def _say(text: str) -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"adaptax: {text}")
+def _line(text: object, most: int = 2000) -> str:
+    return shown(" ".join(str(text).split()), most) or type(text).__name__
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether it was raised in this package, and not in what it calls."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and frames[-1][0].f_code.co_filename.startswith(PACKAGE)
+
+
+def _log(error: BaseException) -> str:
+    """Where the traceback is, which is written to a file."""
+    lines = traceback.format_exception(error)
+    try:
+        handle, file = tempfile.mkstemp(prefix="adaptax-", suffix=".log")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as log:
+            log.write(f"adaptax {' '.join(sys.argv[1:])}\n\n{''.join(lines)}")
+    except OSError:
+        return "what it prints with ADAPTAX_DEBUG=1 (no log file could be written)"
+    return f"the traceback in {file}"

@@ -10,7 +10,23 @@ from typing import Literal
 
 from tyro.conf import Positional, UseAppendAction
 
-from .options import Algorithm, Comparison, Family, Flag, Float, Int, Mapping, OwnInt, Word
+from .options import (
+    Algorithm,
+    Comparison,
+    Count,
+    Family,
+    Flag,
+    Float,
+    Int,
+    Mapping,
+    Number,
+    OwnCount,
+    OwnInt,
+    OwnSeed,
+    Seed,
+    Size,
+    Word,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,15 +55,15 @@ class Train:
     """what to meta-train"""
     tasks: Family = None
     """what to meta-train on"""
-    way: Int = None
+    way: Count = None
     """classes an episode"""
     shot: Int = None
     """support examples a class"""
     query: Int = None
     """query examples a class"""
-    steps: Int = None
+    steps: Count = None
     """meta-steps"""
-    meta_batch: Int = None
+    meta_batch: Count = None
     """tasks a meta-step"""
     inner_lr: Float = None
     """step size of the inner loop, for the mean loss"""
@@ -59,9 +75,9 @@ class Train:
     """step size of the outer loop"""
     first_order: Flag = False
     """drop the second derivatives"""
-    seed: Int = None
+    seed: OwnSeed = None
     """names all randomness"""
-    episodes: Int = None
+    episodes: Count = None
     """test episodes"""
     data_root: Word = None
     """folder of the data sets, else ADAPTAX_DATA, else the user's cache"""
@@ -73,13 +89,13 @@ class Train:
     """start from what the run in this folder learned: PLATIPUS from MAML"""
     resume: Word = None
     """go on with the run in this folder, with its own settings"""
-    validate_every: Int = None
+    validate_every: OwnCount = None
     """meta-steps between validations, else a tenth of all"""
-    patience: OwnInt = None
+    patience: OwnCount = None
     """stop after so many validations without improvement"""
     train_only: Word = None
     """what meta-training trains, by its path in the network, such as `head`; the rest stays"""
-    keep: Int = None
+    keep: Count = None
     """best checkpoints by validation to keep; of two or more the ensemble is scored too"""
     fast_path: bool = True
     """rewrite convolutions as matrix products where that is faster"""
@@ -110,9 +126,9 @@ class Evaluate:
 
     run: Positional[str]
     """folder of the run"""
-    episodes: Int = None
+    episodes: OwnCount = None
     """number of episodes"""
-    steps: Int = None
+    steps: OwnInt = None
     """adaptation steps"""
     split: Literal["test", "val"] = "test"
     """whose episodes"""
@@ -160,15 +176,15 @@ class Compare:
     """what to compare on; ambiguous is sinusoid_or_line"""
     algorithms: tuple[str, ...] = ()
     """which; by default those that the papers compare"""
-    way: OwnInt = None
+    way: OwnCount = None
     """classes an episode (5 if not given)"""
     shot: OwnInt = None
     """support examples a class (1 if not given)"""
-    steps: OwnInt = None
+    steps: OwnCount = None
     """meta-steps"""
-    seeds: int = 1
+    seeds: Size = 1
     """trainings of each algorithm"""
-    episodes: OwnInt = None
+    episodes: OwnCount = None
     """test episodes (600 if not given; 150 of glyphs, 2,000 sinusoids)"""
     data_root: Word = None
     """folder of the data sets, else ADAPTAX_DATA, else the user's cache"""
@@ -205,17 +221,17 @@ class Ablate:
     """what to train on: omniglot, mini_imagenet or glyphs"""
     rows: tuple[str, ...] = ()
     """which; all if not given"""
-    way: int = 20
+    way: Size = 20
     """classes an episode"""
-    shot: int = 1
+    shot: Size = 1
     """support examples a class"""
-    steps: int = 1000
+    steps: Size = 1000
     """meta-steps"""
-    meta_batch: int = 4
+    meta_batch: Size = 4
     """tasks a meta-step"""
-    episodes: int = 600
+    episodes: Size = 600
     """test episodes"""
-    seed: int = 0
+    seed: Seed = 0
     """names all randomness"""
     data_root: Word = None
     """folder of the data sets, else ADAPTAX_DATA, else the user's cache"""
@@ -282,9 +298,9 @@ class RecipesRun:
 
     name: Positional[str]
     """of the recipe"""
-    steps: OwnInt = None
+    steps: OwnCount = None
     """meta-steps, if not the recipe's"""
-    seed: int = 0
+    seed: Seed = 0
     """names all randomness"""
     data_root: Word = None
     """folder of the data sets, else ADAPTAX_DATA, else the user's cache"""
@@ -304,20 +320,24 @@ class RecipesRun:
 class Predict:
     """Label images by a few examples: adapt a run to the folders of one, predict the other.
 
-    The support holds a folder of images for each class, as many as the run was trained for. The
-    images are resized and scaled as in training. Each query is predicted alone unless
-    --transductive.
+    The support holds a folder of images for each class: as many as the run was trained for, or
+    fewer. The images are resized and scaled as in training. Each query is predicted alone unless
+    --transductive. Of each it is said which class, how probable, and the entropy of the prediction
+    in nats; of ensembles also how much of that is disagreement (epistemic).
 
     For example:
       adaptax predict runs/maml-omniglot-5w1s --support my/classes --query my/photos
+      adaptax predict RUN --support my/classes --query a.png 'more/*.png' --out table.csv
     """
 
     run: Positional[str]
     """folder of the run"""
     support: str
     """folder of folders of images, one a class"""
-    query: str
-    """folder of images"""
+    query: tuple[str, ...]
+    """images: files, folders or patterns"""
+    out: Word = None
+    """file to write the predictions to: a table.csv, .json or .parquet"""
     steps: OwnInt = None
     """adaptation steps, if not the run's"""
     transductive: bool = False
@@ -357,13 +377,13 @@ class AnalyzeGradients:
 
     study: Literal["combinations", "overlap"] = "combinations"
     """which of the two"""
-    steps: OwnInt = None
+    steps: OwnCount = None
     """outer iterations (2,000 if not given; 1,000 for the overlap)"""
-    inner_steps: tuple[int, ...] = ()
+    inner_steps: tuple[Size, ...] = ()
     """of the study of overlap; 2 4 5 6 8 if not given"""
-    episodes: int = 400
+    episodes: Size = 400
     """test episodes"""
-    seed: int = 0
+    seed: Seed = 0
     """names all randomness"""
     data_root: Word = None
     """folder of the data sets, else ADAPTAX_DATA, else the user's cache"""
@@ -401,17 +421,17 @@ class AnalyzeTaylor:
     """what the minibatches are of"""
     learners: tuple[str, ...] = ()
     """of sgd (joint training), maml, fomaml and reptile; all if not given"""
-    minibatches: tuple[int, ...] = ()
+    minibatches: tuple[Size, ...] = ()
     """k, of a task; 2 3 4 if not given, or 2 3 for omniglot"""
-    rates: tuple[float, ...] = ()
+    rates: tuple[Number, ...] = ()
     """inner step sizes; 8e-4 4e-4 2e-4 1e-4 if not given"""
-    count: OwnInt = None
+    count: OwnCount = None
     """tasks to sample (8 if not given; 4 of omniglot)"""
-    orderings: OwnInt = None
+    orderings: OwnCount = None
     """orders of the minibatches to draw for each task, instead of all"""
     relu: Flag = False
     """leave Reptile's network its ReLU"""
-    seed: int = 0
+    seed: Seed = 0
     """names network, tasks and orders"""
     data_root: Word = None
     """folder of the data sets, else ADAPTAX_DATA, else the user's cache"""
@@ -444,25 +464,25 @@ class AnalyzeActive:
 
     runs: Positional[tuple[str, ...]]
     """folders of the runs"""
-    start: int = 1
+    start: Size = 1
     """labelled examples to start from, of each class where there are classes"""
-    labels: int = 10
+    labels: Size = 10
     """examples to label after those"""
-    at_once: int = 1
+    at_once: Size = 1
     """how many of them to label at once; each number of labels is compiled for itself"""
-    pool: int = 20
+    pool: Size = 20
     """examples in the pool, of each class where there are classes"""
-    query: Int = None
+    query: OwnCount = None
     """examples that the scores are of, likewise, if not as many as in the run's own test"""
     strategies: tuple[str, ...] = ("random", "entropy")
     """how to choose: random, entropy, or disagreement of the particles"""
-    episodes: int = 300
+    episodes: Size = 300
     """test tasks"""
     split: Literal["test", "val"] = "test"
     """whose tasks: val to choose settings by"""
     set: UseAppendAction[tuple[str, ...]] = ()
     """any setting of how the runs adapt, such as `--set learner.reduction=balanced`"""
-    seed: int = 0
+    seed: Seed = 0
     """names the tasks"""
     data_root: Word = None
     """folder of the data sets, if not the one that the runs were trained from"""

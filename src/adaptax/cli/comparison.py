@@ -26,11 +26,11 @@ from ..recipes import (
     comparable,
 )
 from . import reinforcement, settings, uncertainty
-from .app import Interrupted
 from .commands import Compare
+from .console import Interrupted, consoles, free_folder, save_figure
 from .facts import command, dump, facts, keep
 from .progress import scoring
-from .training import PICTURED, Trained, consoles, fit_or_go_on, free_folder, save_figure
+from .training import PICTURED, Trained, fit_or_go_on
 
 STEPS = {"sinusoid": 70_000, "glyphs": 300}
 EPISODES = {"sinusoid": 2_000, "glyphs": 150}

@@ -9,8 +9,8 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from ..recipes import RECIPES, Recipe, authors
+from .console import consoles
 from .settings import recipe
-from .training import consoles
 
 
 def show_all(as_json: bool) -> None:
@@ -34,7 +34,7 @@ def show(name: str, as_json: bool) -> None:
         print(json.dumps(content, indent=2, ensure_ascii=False))
         return
     out = consoles()[0]
-    out.print(f"[bold]{found.name}[/bold]: {found.about}", soft_wrap=True)
+    out.print(f"{found.name}: {found.about}", soft_wrap=True)
     out.print(f"paper: {found.paper}\n", soft_wrap=True)
     table = Table(title=f"{sum(row.same for row in rows)} settings are the authors'; others are:")
     for heading in ("setting", "authors", "here"):
@@ -47,9 +47,8 @@ def show(name: str, as_json: bool) -> None:
         (json.dumps(found.experiment.to_json(), indent=2, ensure_ascii=False), "json"),
         (python(found), "python"),
     ):
-        plain = not out.is_terminal
-        out.print(text + "\n" if plain else Syntax(text + "\n", language), soft_wrap=True,
-                  markup=False)  # fmt: skip
+        coloured = Syntax(text + "\n", language)
+        out.print(coloured if out.is_terminal else text + "\n", soft_wrap=True)
 
 
 def python(found: Recipe) -> str:

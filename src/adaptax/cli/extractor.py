@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -16,17 +16,18 @@ from .. import models, report, tasks
 from ..augment import Augmentation
 from ..pretrain import Pretraining, check_train, extract, pixels_of, restore, step_count
 from ..pretrain import pretrain as train_classifier
+from ..recipes import schema
 from ..run import Run
 from ..task import Model, Splits
 from ..tasks.bank import NAMES
 from ..tasks.embedding_archive import read_archive
 from ..tasks.embeddings import write
 from ..tasks.sources import DataError
-from .app import Interrupted
+from .console import Interrupted, consoles, free_folder, save_figure
 from .facts import dump, facts, keep
 from .pretraining import BACKBONES, DATA, Embed, Pretrain
 from .progress import scoring, watching
-from .training import consoles, free_folder, nothing_half_written, save_figure
+from .training import nothing_half_written
 
 VERSION = 1
 """Of config.json."""
@@ -120,10 +121,14 @@ def load(path: str | Path) -> tuple[Model, int, dict[str, Any]]:
 
 def splits_of(config: Mapping[str, Any]) -> Splits:
     """The images of a run."""
-    make: Any = {"mini_imagenet": tasks.mini_imagenet, "omniglot": tasks.omniglot,
-            "glyphs": tasks.glyphs, "folder": tasks.folder}[config["data"]]  # fmt: skip
+    make: Any = _families()[config["data"]]
     root = {} if config["data_root"] is None else {"data_root": config["data_root"]}
     return make(way=1, shot=1, query=0, **root, **config["task"])
+
+
+def _families() -> dict[str, Callable[..., Splits]]:
+    return {"mini_imagenet": tasks.mini_imagenet, "omniglot": tasks.omniglot,
+            "glyphs": tasks.glyphs, "folder": tasks.folder}  # fmt: skip
 
 
 def check_unseen(classes: list[str], splits: Splits) -> None:
@@ -253,7 +258,40 @@ def _pretraining(run: Run) -> dict[str, Any]:
             f"{run.path / 'config.json'} is not of a pretraining; expected a folder that "
             "`adaptax pretrain` wrote"
         )
+    try:
+        _check(config)
+    except ValueError as error:
+        raise ValueError(f"{run.path / 'config.json'}: {error}") from None
     return config
+
+
+def _check(config: dict[str, Any]) -> None:
+    """Raise unless everything in a configuration is of the kind that `_config` writes."""
+    kinds: dict[str, Any] = {
+        "data": Literal[DATA], "data_root": str | None, "seed": int, "command": str,
+        "classes": Sequence[str], "image": tuple[int, int, int],
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        low, high = (-(2**31), 2**32 - 1) if name == "seed" else (1, schema.MOST)
+        schema.fitting(name, config.get(name), kind, least=low, most=high)
+    own: dict[str, Any] = {
+        "conv4": {"filters": int, "down": Literal["pool", "stride"]},
+        "resnet12": {"widths": tuple[int, int, int, int]},
+        "wrn28-10": {"width": int, "depth": int},
+    }
+    network = {name: (kind, None) for name, kind in own[config["backbone"]].items()}
+    training = schema.taken(train_classifier)
+    sections = {
+        "network": (network, network),
+        "training": ({name: training[name] for name in _TRAINING}, _TRAINING),
+        "task": (schema.taken(_families()[config["data"]], ("way", "shot", "query")), ()),
+        "augmentation": (schema.taken(Augmentation), ()),
+    }
+    for section, (known, needed) in sections.items():
+        found = schema.checked(section, config.get(section), known)
+        for name in needed:
+            if name not in found:
+                raise ValueError(f"{section}.{name} is missing")
 
 
 def _resumed(asked: Pretrain) -> tuple[Path, dict[str, Any]]:

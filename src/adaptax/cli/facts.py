@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shlex
@@ -66,12 +65,13 @@ def keep(file: Path, result: Any) -> None:
 
 def dump(value: Any) -> str:
     """JSON of it, numbers that are not finite as null."""
-    return json.dumps(_finite(value), indent=2, ensure_ascii=False)
+    text = json.dumps(io.strict(value), indent=2, ensure_ascii=False)
+    # Names of files need not be text.
+    return text if _is_text(text) else json.dumps(io.strict(value), indent=2)
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _is_text(text: str) -> bool:
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import glob
+import importlib.util
+import os
+import zipfile
+from collections.abc import Callable
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from rich.table import Table
 
+from .. import io, metrics
 from ..learner import Meta
-from ..recipes import ENVIRONMENTS, REGRESSIONS, Experiment, effective
+from ..recipes import ENVIRONMENTS, REGRESSIONS, Experiment, changed, effective
 from ..run import Run
 from ..task import Batch
 from ..tasks import images, sources
 from ..tasks.episodes import Design
 from ..tasks.mini_imagenet import IMAGENET_MEAN, IMAGENET_STD
 from ..tasks.sources import DataError
+from ..text import shown
 from .commands import Evaluate, Predict
+from .console import consoles
 from .facts import dump
 from .progress import scoring
-from .training import adapt_and_predict, consoles, experiment_in, show
+from .training import adapt_and_predict, experiment_in, show
 
 
 def evaluate(asked: Evaluate) -> None:
@@ -58,35 +69,119 @@ def predict(asked: Predict) -> None:
         raise ValueError(
             f"{asked.run} was trained on {experiment.tasks}; predict wants a run on images"
         )
+    table = None if asked.out is None else _table_format(Path(asked.out))
     form = image_format(experiment, asked.invert)
-    x, y, classes = _support(Path(asked.support), form, experiment.task["way"])
-    names, queries = _decode(Path(asked.query), form)
+    x, y, classes = _support(Path(asked.support), form)
+    experiment = _for_classes(experiment, len(classes), asked.support)
+    names, queries = _queries(asked.query, form)
     if asked.steps is not None:
-        experiment = dataclasses.replace(
-            experiment, learner={**experiment.learner, _steps_name(experiment): asked.steps}
+        learner = {**experiment.learner, _steps_name(experiment): asked.steps}
+        experiment = dataclasses.replace(experiment, learner=learner, evaluation={})
+    logits = adapt_and_predict(
+        experiment, meta, Batch(x, y), queries, asked.transductive, len(classes)
+    )
+    if not bool(jnp.isfinite(logits).all()):
+        raise ValueError(
+            f"adaptation to {asked.support} diverged, and the predictions are not finite; take "
+            "fewer --steps"
         )
-    logits = adapt_and_predict(experiment, meta, Batch(x, y), queries, asked.transductive)
-    p = jax.nn.softmax(logits)
-    found = np.asarray(p.mean(axis=0) if p.ndim == 3 else p)
-    rows: list[dict[str, Any]] = [
-        {
-            "file": name,
-            "label": classes[int(each.argmax())],
-            "probability": float(each.max()),
-            "probabilities": dict(zip(classes, map(float, each))),
-        }
-        for name, each in zip(names, found)
-    ]
+    rows = _rows(names, classes, logits)
+    if table is not None:
+        io.write_atomic(Path(asked.out or ""), table(rows))
     if asked.json:
         print(dump({"run": asked.run, "classes": classes, "transductive": asked.transductive,
                     "predictions": rows}))  # fmt: skip
         return
-    table = Table()
-    for heading in ("file", "label", "probability"):
-        table.add_column(heading, justify="right" if heading == "probability" else "left")
+    shown_table = Table()
+    for heading in ("file", "label", "probability", "entropy"):
+        shown_table.add_column(heading, justify="left" if heading in ("file", "label") else "right")
     for row in rows:
-        table.add_row(row["file"], row["label"], f"{row['probability']:.3f}")
-    consoles()[0].print(table)
+        cells = (f"{row['probability']:.3f}", f"{row['entropy']:.3f}")
+        shown_table.add_row(shown(row["file"]), shown(row["label"]), *cells)
+    out = consoles()[0]
+    out.print(shown_table)
+    if table is not None:
+        out.print(f"predictions: {shown(asked.out)}", soft_wrap=True)
+
+
+def _for_classes(experiment: Experiment, count: int, support: str) -> Experiment:
+    """The experiment for as many classes as the support has.
+
+    A head of n outputs can tell fewer classes apart, by its first outputs: they are as good as any,
+    since training drew classes in random order. Nearest class means need no head.
+
+    Raises:
+        DataError: if there are too few, or more than the head has outputs.
+    """
+    way = experiment.way or 1
+    if count < 2:
+        raise DataError(f"{support} has {count} class folders; expected two or more")
+    if experiment.algorithm == "class-mean":
+        return changed(experiment, {"task": {"way": count}})
+    if count > way:
+        raise DataError(
+            f"{support} has {count} class folders, but the run was trained for {way} ways and its "
+            f"head has {way} outputs; give it {way} or fewer, or train with --way {count}"
+        )
+    return experiment
+
+
+def _rows(names: list[str], classes: list[str], logits: Array) -> list[dict[str, Any]]:
+    """What is said of each query: the label, how probable, and how unsure the model is, in nats."""
+    unsure = jax.vmap(lambda one: metrics.uncertainty(one[..., None, :]), in_axes=-2)(logits)
+    p = jax.nn.softmax(logits)
+    found = np.asarray(p.mean(axis=0) if p.ndim == 3 else p)
+    return [
+        {
+            "file": name,
+            "label": classes[int(each.argmax())],
+            "probability": float(each.max()),
+            **{of: float(values[i]) for of, values in unsure.items()},
+            "probabilities": dict(zip(classes, map(float, each))),
+        }
+        for i, (name, each) in enumerate(zip(names, found))
+    ]
+
+
+def _table_format(file: Path) -> Callable[[list[dict[str, Any]]], bytes]:
+    """What writes predictions into a file of this name: a column a class, `p_CLASS`.
+
+    Raises:
+        ValueError: if the name ends in no format that is known, or a library is missing.
+    """
+
+    def flat(row: dict[str, Any]) -> dict[str, Any]:
+        rest = {name: value for name, value in row.items() if name != "probabilities"}
+        return rest | {f"p_{name}": p for name, p in row["probabilities"].items()}
+
+    def as_csv(rows: list[dict[str, Any]]) -> bytes:
+        text = StringIO(newline="")
+        writer = csv.DictWriter(text, list(flat(rows[0])))
+        writer.writeheader()
+        writer.writerows(map(flat, rows))
+        return text.getvalue().encode("utf-8", "surrogateescape")  # names of files as they are
+
+    def as_json(rows: list[dict[str, Any]]) -> bytes:
+        return f"{dump(rows)}\n".encode()
+
+    def as_parquet(rows: list[dict[str, Any]]) -> bytes:
+        import pyarrow.parquet
+
+        out = BytesIO()
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([*map(flat, rows)]), out)
+        return out.getvalue()
+
+    match file.suffix.lower():
+        case ".csv":
+            return as_csv
+        case ".json":
+            return as_json
+        case ".parquet":
+            if importlib.util.find_spec("pyarrow") is None:
+                raise ValueError("a .parquet file wants pyarrow (pip install pyarrow); write .csv "
+                                 "or .json instead")  # fmt: skip
+            return as_parquet
+    raise ValueError(f"--out {shown(file)} should end in .csv, .json or .parquet")
 
 
 def load(path: str, ensemble: bool = False) -> tuple[Experiment, Meta, int, dict[str, Any]]:
@@ -145,30 +240,57 @@ def image_format(experiment: Experiment, invert: bool = False) -> ImageFormat:
     return ImageFormat(task.get("image_size", 28), channels, resample, design)
 
 
-def _support(where: Path, form: ImageFormat, way: int) -> tuple[Any, Any, list[str]]:
+def _support(where: Path, form: ImageFormat) -> tuple[Any, Any, list[str]]:
     """Inputs, labels and class names of a folder of class folders."""
     if not where.is_dir():
         raise FileNotFoundError(f"--support {where} is not a folder; expected one folder a class")
-    classes = sorted(p.name for p in where.iterdir() if p.is_dir() and p.name[0] != ".")
-    if len(classes) != way:
-        raise DataError(
-            f"{where} has {len(classes)} class folders, but the run was trained for {way} ways; "
-            f"give it {way}"
-        )
+    classes = sorted(
+        p.name for p in where.iterdir() if p.is_dir() and not sources.is_hidden(p.name)
+    )
     each = [_decode(where / name, form)[1] for name in classes]
-    labels = np.repeat(np.arange(way, dtype=np.int32), [len(x) for x in each])
+    if not each:
+        raise DataError(f"{where} has no class folders; expected one folder a class")
+    labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(x) for x in each])
     return jnp.concatenate(each), jnp.asarray(labels), classes
 
 
+def _queries(words: tuple[str, ...], form: ImageFormat) -> tuple[list[str], Any]:
+    """Names and inputs of files, of the images below folders or in archives, and of patterns."""
+    names: list[str] = []
+    inputs = []
+    for word in words:
+        found = [word] if os.path.lexists(word) else sorted(glob.glob(word, recursive=True))
+        if not found:
+            raise FileNotFoundError(f"--query {word}: there is no such file or folder")
+        for one in found:
+            some, x = _decode(Path(one), form)
+            # Of a single folder the names are those below it.
+            alone = len(words) == len(found) == 1
+            names += [one if name == "" else name if alone else f"{one}/{name}" for name in some]
+            inputs.append(x)
+    if not inputs:
+        raise ValueError("--query wants files or folders of images")
+    return names, jnp.concatenate(inputs)
+
+
 def _decode(where: Path, form: ImageFormat) -> tuple[list[str], Any]:
-    """Names and inputs of all images below a folder."""
+    """Names and inputs of all images below a folder or in an archive, or of one file, named ""."""
+    if where.is_file() and not zipfile.is_zipfile(where):
+        one = sources.Files(where.parent, ("",), "", lambda name: where.read_bytes())
+        return [""], _pixels(one, [""], form)
+    if where.exists() and not (where.is_dir() or where.is_file()):
+        raise DataError(f"{where} is neither a file nor a folder")
     with sources.open_files(where) as files:
         names = [name for name in files.names if images.is_image(name)]
         if not names:
             raise DataError(f"{where} holds no images; expected files such as 01.png")
-        pixels = np.empty((len(names), form.size, form.size, form.channels), np.uint8)
-        images.decode_into(pixels, files, names, resample=form.resample)
-    return names, form.design.inputs(jnp.asarray(pixels))
+        return names, _pixels(files, names, form)
+
+
+def _pixels(files: sources.Files, names: list[str], form: ImageFormat) -> Any:
+    pixels = np.empty((len(names), form.size, form.size, form.channels), np.uint8)
+    images.decode_into(pixels, files, names, resample=form.resample)
+    return form.design.inputs(jnp.asarray(pixels))
 
 
 def _steps_name(experiment: Experiment) -> str:

@@ -8,6 +8,9 @@ from typing import Annotated, Any, TypeAlias
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
+from ..recipes import schema
+from ..text import shown
+
 ALGORITHMS = (
     "maml", "fomaml", "anil", "meta-sgd", "maml++", "reptile", "platipus", "bmaml", "emaml",
     "leo", "pretrained", "class-mean", "ridge",
@@ -28,7 +31,7 @@ def one(
         try:
             return kind(words[0])
         except ValueError:
-            raise ValueError(f"{words[0]!r} is not {what}") from None
+            raise ValueError(f"{shown(words[0])!r} is not {what}") from None
 
     return PrimitiveConstructorSpec(
         nargs=1,
@@ -40,19 +43,49 @@ def one(
     )
 
 
+def number(
+    kind: type[int] | type[float], least: int = 0, most: int | None = None
+) -> PrimitiveConstructorSpec[Any]:
+    """One number from `least` to `most`."""
+
+    largest = most or (schema.MOST if kind is int else schema.LARGEST)
+
+    def parse(word: str) -> int | float:
+        value = kind(word)
+        if not least <= value <= largest:
+            raise ValueError
+        return value
+
+    name = "a whole number" if kind is int else "a number"
+    return one(parse, kind.__name__.upper(), f"{name} from {least:g} to {largest:.10g}")
+
+
 def _mapping(word: str) -> str | int:
-    return word if word in ("auto", "scan", "vmap") else int(word)
+    if word in ("auto", "scan", "vmap"):
+        return word
+    if (chunk := int(word)) < 1:
+        raise ValueError
+    return chunk
 
 
 _HINT = arg(help_behavior_hint="(default: of the closest recipe)")
 _NONE = arg(help_behavior_hint="")
 
-Int: TypeAlias = Annotated[int | None, one(int, "INT", "a whole number"), _HINT]
-Float: TypeAlias = Annotated[float | None, one(float, "FLOAT", "a number"), _HINT]
-OwnInt: TypeAlias = Annotated[int | None, one(int, "INT", "a whole number"), _NONE]
+Int: TypeAlias = Annotated[int | None, number(int), _HINT]
+Count: TypeAlias = Annotated[int | None, number(int, 1), _HINT]
+Float: TypeAlias = Annotated[float | None, number(float), _HINT]
+OwnInt: TypeAlias = Annotated[int | None, number(int), _NONE]
+OwnCount: TypeAlias = Annotated[int | None, number(int, 1), _NONE]
+OwnFloat: TypeAlias = Annotated[float | None, number(float), _NONE]
+Size: TypeAlias = Annotated[int, number(int, 1)]
+Number: TypeAlias = Annotated[float, number(float)]
+Seed: TypeAlias = Annotated[int, number(int, -(2**31), 2**32 - 1)]
+OwnSeed: TypeAlias = Annotated[int | None, number(int, -(2**31), 2**32 - 1), _HINT]
+"""Counts and sizes are at least 1; seeds are of 32 bits, which are all that a key keeps."""
 Word: TypeAlias = Annotated[str | None, one(str, "PATH", "a path"), _NONE]
 Mapping: TypeAlias = Annotated[
-    str | int, one(_mapping, "auto|scan|vmap|INT", "auto, scan, vmap or a whole number")
+    str | int,
+    one(_mapping, "auto|scan|vmap|INT", "auto, scan, vmap or a whole number of 1 or more"),
 ]
 Flag: TypeAlias = FlagCreatePairsOff[Annotated[bool, _NONE]]
 Algorithm: TypeAlias = Positional[

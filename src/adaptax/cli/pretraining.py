@@ -10,12 +10,11 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from .options import Flag, OwnInt, Word, one
+from .options import Flag, Number, OwnCount, OwnFloat, OwnInt, Seed, Size, Word, one
 
 BACKBONES = ("conv4", "resnet12", "wrn28-10")
 DATA = ("mini_imagenet", "omniglot", "glyphs", "folder")
 _NONE = arg(help_behavior_hint="")
-OwnFloat = Annotated[float | None, one(float, "FLOAT", "a number"), _NONE]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,25 +38,25 @@ class Pretrain:
     """what to train on"""
     backbone: Literal["conv4", "resnet12", "wrn28-10"] = "conv4"
     """the network: conv4 suits a CPU, the others an accelerator"""
-    size: OwnInt = None
+    size: OwnCount = None
     """side of the images in pixels, to which they are scaled (84; 28 of characters)"""
-    width: OwnInt = None
+    width: OwnCount = None
     """filters of conv4 (64) or of the first block of resnet12 (64); widening of wrn28-10 (10)"""
-    depth: OwnInt = None
+    depth: OwnCount = None
     """layers of wrn28-10 (28)"""
     down: Literal["pool", "stride"] = "pool"
     """how a block of conv4 halves the image; strides are 3 to 4 times as fast"""
-    epochs: int = 60
+    epochs: Size = 60
     """passes over the images"""
-    batch: int = 64
+    batch: Size = 64
     """images a step"""
-    rate: float = 0.1
+    rate: Number = 0.1
     """step size at the start, from where it follows half a cosine to zero"""
-    momentum: float = 0.9
+    momentum: Number = 0.9
     """of the steps, as Nesterov's"""
-    weight_decay: float = 5e-4
+    weight_decay: Number = 5e-4
     """of kernels and matrices"""
-    label_smoothing: float = 0.0
+    label_smoothing: Number = 0.0
     """share of the target that is spread over all classes"""
     augment: bool = True
     """change the images at random: shifts, and mirror images and light but for characters"""
@@ -65,13 +64,13 @@ class Pretrain:
     """shift by so many pixels at most (a tenth of the side; 2 of characters)"""
     jitter: OwnFloat = None
     """change brightness, contrast and saturation by this share at most (0.4; 0 of characters)"""
-    held_out: float = 0.1
+    held_out: Number = 0.1
     """share of the images of each class that are kept for validation"""
-    validate_every: int = 1
+    validate_every: Size = 1
     """epochs between validations"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the convolutions of resnet12 and wrn28-10; auto is bfloat16 on accelerators"""
-    seed: int = 0
+    seed: Seed = 0
     """names all randomness"""
     data_root: Word = None
     """folder of the data sets, else ADAPTAX_DATA, else the user's cache"""
@@ -109,7 +108,7 @@ class Embed:
     """folder of the run"""
     out: Word = None
     """file to write, else RUN/embeddings.safetensors"""
-    batch: int = 256
+    batch: Size = 256
     """images at once"""
     layer: OwnInt = None
     """of wrn28-10: the convolution to take features after; LEO's took 21"""

@@ -64,10 +64,10 @@ def watching(
 ) -> Iterator[Watcher]:
     """A progress bar on a terminal, and nothing but warnings elsewhere."""
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
+        TextColumn("{task.fields[status]}", markup=False),
         console=console,
         disable=not console.is_terminal,
     )
@@ -80,7 +80,7 @@ def watching(
 def scoring(title: str, episodes: int, console: Console, unit: str = "episodes") -> Iterator[Any]:
     """The same for the episodes of a test: yields what `evaluate(watch=...)` calls."""
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TextColumn(unit),

@@ -19,10 +19,10 @@ from ..recipes import (
 from ..report import protocol_line, returns, returns_table
 from ..rl import Returns
 from . import settings
-from .app import Interrupted
 from .commands import Compare
+from .console import Interrupted, consoles, free_folder, save_figure
 from .facts import command, dump, facts, keep
-from .training import Trained, behaviour, consoles, fit_or_go_on, free_folder, save_figure
+from .training import Trained, behaviour, fit_or_go_on
 
 RANDOM, ORACLE = "Random policy", "Oracle"
 STOPPED = "Pretrained, stopped early"

@@ -19,6 +19,7 @@ from ..recipes import (
     closest,
 )
 from ..tasks.embeddings import width
+from ..text import shown
 from .commands import Train
 from .options import ALGORITHMS
 
@@ -142,19 +143,21 @@ def with_settings(experiment: Experiment, settings: Iterable[str]) -> Experiment
     Raises:
         ValueError: if a setting is not of that form or names no section.
     """
+    changes: dict[str, dict[str, Any]] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         section, dot, key = name.partition(".")
         if not equals or not dot or not key or section not in SECTIONS:
             raise ValueError(
-                f"--set {setting} is not section.name=value with a section of {', '.join(SECTIONS)}"
+                f"--set {shown(setting)} is not section.name=value with a section of "
+                f"{', '.join(SECTIONS)}"
             )
         try:
             value = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON, or too long or deep to be a setting
             value = text
-        experiment = changed(experiment, {section: {key: value}})
-    return experiment
+        changes.setdefault(section, {})[key] = value
+    return changed(experiment, changes)
 
 
 def recipe(name: str) -> Recipe:
@@ -164,9 +167,9 @@ def recipe(name: str) -> Recipe:
         ValueError: if there is none; suggests names that are similar.
     """
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, 3, 0.5)
+        near = difflib.get_close_matches(name[:100], RECIPES, 3, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "see `adaptax recipes list`"
-        raise ValueError(f"there is no recipe {name!r}; {hint}")
+        raise ValueError(f"there is no recipe {shown(name)!r}; {hint}")
     return RECIPES[name]
 
 

@@ -21,14 +21,25 @@ from rich.console import Console
 from .. import report
 from ..evaluate import Report, predict
 from ..learner import Meta
-from ..recipes import BODIES, CURVES, ENVIRONMENTS, IMAGES, TITLES, Experiment, changed
+from ..recipes import (
+    BODIES,
+    CURVES,
+    ENVIRONMENTS,
+    IMAGES,
+    TITLES,
+    Experiment,
+    changed,
+    origin,
+    schema,
+)
 from ..report import frames, returns
 from ..rl import Returns
 from ..run import Run
-from ..task import Batch, Splits
+from ..task import Batch, Model, Splits
+from ..train import fit as ax_fit
 from . import settings
-from .app import Interrupted
 from .commands import RecipesRun, Train
+from .console import Interrupted, consoles, free_folder, save_figure
 from .facts import dump, facts, keep
 from .progress import scoring, watching
 
@@ -90,6 +101,7 @@ def train(asked: Train) -> None:
         mapping=asked.mapping,
         fast_path="auto" if asked.fast_path else False,
     )
+    config["settings"] = origin(experiment)
     _train_and_test(config, path, resume=False, as_json=asked.json)
 
 
@@ -122,9 +134,18 @@ def experiment_in(config: dict[str, Any], path: Path) -> Experiment:
     Raises:
         ValueError: if the configuration is not one of ours.
     """
+    file = path / "config.json"
     if not isinstance(config, dict) or "experiment" not in config:
-        raise ValueError(f"{path / 'config.json'} was not written by `adaptax train`")
-    return Experiment.from_json(config.get("tuned") or config["experiment"])
+        raise ValueError(f"{file} was not written by `adaptax train`")
+    by_experiment = ("steps", "meta_batch", "keep", "run", "resume")
+    try:
+        for name, kind in (("command", str), ("data_root", str | None)):
+            schema.fitting(name, config.get(name), kind)
+        schema.checked("training", config.get("training"), schema.taken(ax_fit, by_experiment))
+        first = Experiment.from_json(config["experiment"])
+        return Experiment.from_json(config["tuned"]) if "tuned" in config else first
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def fit(config: dict[str, Any], path: Path, resume: bool, go_on: str, console: Console) -> Trained:
@@ -151,6 +172,7 @@ def fit(config: dict[str, Any], path: Path, resume: bool, go_on: str, console: C
         )
     splits = experiment.splits(config["data_root"])
     test = experiment.splits(config["data_root"], test=True) if experiment.test_task else splits
+    experiment.check(test)
     title = f"{TITLES[experiment.algorithm]} on {experiment.tasks}"
     stop = f"interrupted, and saved in {path}; go on with: {go_on}"
     with nothing_half_written(run):
@@ -262,38 +284,39 @@ def behaviour(trained: Trained) -> dict[str, Figure]:
 
 
 def adapt_and_predict(
-    experiment: Experiment, meta: Meta, support: Batch, x: PyTree, transductive: bool
+    experiment: Experiment,
+    meta: Meta,
+    support: Batch,
+    x: PyTree,
+    transductive: bool,
+    count: int | None = None,
 ) -> Array:
-    """Predictions for queries, as one compiled program."""
-    learner = experiment.build_learner()
+    """Predictions for queries, as one compiled program.
+
+    Args:
+        experiment: of the run.
+        meta: its meta-parameters.
+        support: labelled examples.
+        x: queries.
+        transductive: predict them together.
+        count: the classes there are, if fewer than the head has outputs: the others get no
+            gradient and no probability.
+    """
+    learner: Any = experiment.build_learner()
+    loss = learner.loss
+
+    def of_these(model: Model, batch: Batch) -> Array:
+        return loss(lambda x: model(x)[..., :count], batch)
+
+    if count is not None and count != experiment.way:
+        learner = dataclasses.replace(learner, loss=of_these)
 
     @eqx.filter_jit
     def program(meta: Meta, support: Batch, x: PyTree) -> Array:
         model = learner.adapt(meta, support, key=jax.random.key(0))
-        return predict(model, x, support.x, transductive=transductive)
+        return predict(model, x, support.x, transductive=transductive)[..., :count]
 
     return program(meta, support, x)
-
-
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure."""
-    figure.savefig(path, dpi=160)
-    return path
-
-
-def free_folder(name: str) -> Path:
-    """`runs/name`, or the first of `runs/name-2`, … that does not exist."""
-    path, count = Path("runs", name), 1
-    while path.exists():
-        count += 1
-        path = Path("runs", f"{name}-{count}")
-    return path
-
-
-def consoles() -> tuple[Console, Console]:
-    """For results, on stdout, and for progress, on stderr."""
-    wide = None if sys.stdout.isatty() else 140
-    return Console(width=wide, highlight=False), Console(stderr=True, highlight=False)
 
 
 def copy_start(start: Path, path: Path) -> dict[str, Any]:
@@ -358,7 +381,11 @@ def _train_and_test(config: dict[str, Any], path: Path, *, resume: bool, as_json
         **reports["test"].to_json(),
         "run": str(path),
         "command": config["command"],
-        **{name: config[name] for name in ("recipe", "about", "paper") if name in config},
+        **{
+            name: config[name]
+            for name in ("recipe", "about", "paper", "settings")
+            if name in config
+        },
         **facts(),
         "training": {
             "seconds": trained.seconds,
@@ -378,6 +405,8 @@ def _train_and_test(config: dict[str, Any], path: Path, *, resume: bool, as_json
         return
     for name, scores in reports.items():
         show(scores, out, name.replace("_", "-"))
+    if "settings" in config:
+        out.print(f"settings: {config['settings']}", soft_wrap=True)
     if "paper" in config:
         out.print(f"paper: {config['paper']}", soft_wrap=True)
     out.print(

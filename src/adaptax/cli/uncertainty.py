@@ -31,19 +31,11 @@ from ..report import calibration, number, uncertainty
 from ..task import episode_key
 from ..tasks.lines import SinusoidOrLine
 from . import settings
-from .app import Interrupted
 from .commands import Compare
+from .console import Interrupted, consoles, free_folder, save_figure
 from .facts import command, dump, facts, keep
 from .progress import scoring
-from .training import (
-    PICTURED,
-    Trained,
-    consoles,
-    copy_start,
-    fit_or_go_on,
-    free_folder,
-    save_figure,
-)
+from .training import PICTURED, Trained, copy_start, fit_or_go_on
 
 NOISY = "MAML + noise"
 

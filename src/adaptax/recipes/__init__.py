@@ -2,7 +2,7 @@
 
 from .ablation import ROWS, ablated
 from .bayesian import CELLS, COMPARED_ON, compared, with_noise
-from .book import COMPARED, PAPER_CURVES, RECIPES, Recipe, closest, comparable
+from .book import COMPARED, PAPER_CURVES, RECIPES, Recipe, closest, comparable, origin
 from .effective import effective
 from .experiment import Experiment, changed
 from .names import (
@@ -44,6 +44,7 @@ __all__ = [
     "demand",
     "effective",
     "oracle",
+    "origin",
     "shortened",
     "with_noise",
 ]

@@ -13,6 +13,7 @@ of a cell that is in no table, and `comparable` those of several algorithms on t
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ _GLOROT: dict[str, Any] = {"mlp": [40, 40]}
 
 def _sinusoid(algorithm: str, paper: str, about: str, **changes: Any) -> Recipe:
     base = Experiment(
-        algorithm=algorithm,
+        algorithm="maml",
         tasks="sinusoid",
         task={"shot": 10, "query": 10},
         test_task={"shot": 5, "query": 100},
@@ -58,13 +59,13 @@ def _sinusoid(algorithm: str, paper: str, about: str, **changes: Any) -> Recipe:
     )
     if algorithm == "pretrained":
         # Without an inner step there is no support set: train on as many points as the others.
-        base = dataclasses.replace(
-            base,
-            task={**base.task, "train_query": 20},
-            learner={"inner_lr": 0.01, "eval_steps": 10},
-            tune=[0.001, 0.003, 0.01, 0.02, 0.05],
-        )
-    return Recipe(f"{algorithm}-sinusoid", about, paper, dataclasses.replace(base, **changes))
+        changes = {
+            "task": {**base.task, "train_query": 20},
+            "learner": {"inner_lr": 0.01, "eval_steps": 10},
+            "tune": [0.001, 0.003, 0.01, 0.02, 0.05],
+        }
+    experiment = dataclasses.replace(base, algorithm=algorithm, **changes)
+    return Recipe(f"{algorithm}-sinusoid", about, paper, experiment)
 
 
 def _maml(data: str, way: int, shot: int, first_order: bool, paper: str) -> Recipe:
@@ -411,9 +412,11 @@ def closest(algorithm: str, tasks: str, way: int = 5, shot: int = 1) -> Experime
             experiment = dataclasses.replace(experiment, network=_GLOROT)
     else:
         data = {"glyphs": "omniglot", "folder": "mini_imagenet"}.get(tasks, tasks)
-        cell = f"{20 if way > 10 else 5}w{5 if shot > 2 else 1}s"
         family = "maml" if family == "pretrained" else family
-        experiment = _BY_NAME[f"{family}-{data}-{cell}"].experiment
+        cells = [f"{family}-{data}-{w}w{5 if shot > 2 else 1}s" for w in (20, 5)]
+        # The tables of miniImageNet have 5 ways alone.
+        (name, *_) = (cell for cell in cells[way <= 10 :] if cell in _BY_NAME)
+        experiment = _BY_NAME[name].experiment
         task = {**experiment.task, "way": way, "shot": shot}
         if family in ("maml", "fomaml"):
             task["query"] = shot
@@ -425,10 +428,39 @@ def closest(algorithm: str, tasks: str, way: int = 5, shot: int = 1) -> Experime
     if algorithm == "pretrained" and tasks != "sinusoid":
         learner = {"inner_lr": learner["inner_lr"], "eval_steps": 10}
         tune = [0.01, 0.03, 0.1, 0.3, 1.0]
-    experiment = dataclasses.replace(
-        experiment, algorithm=algorithm, tasks=tasks, learner=learner, tune=tune
-    )
-    return _without_paper(experiment) if tasks in ("glyphs", "folder") else experiment
+    changes: dict[str, Any] = {"algorithm": algorithm, "learner": learner, "tune": tune}
+    if tasks in ("glyphs", "folder"):
+        changes |= {"tasks": tasks, **_without_paper(experiment, algorithm, learner)}
+    return dataclasses.replace(experiment, **changes)
+
+
+def origin(experiment: Experiment) -> str:
+    """In a line: the recipe that is nearest to an experiment, and what is otherwise in this one."""
+    own = _settings(experiment)
+
+    def changes(recipe: Recipe) -> dict[str, Any]:
+        theirs = _settings(recipe.experiment)
+        return {
+            name: own.get(name)
+            for name in {**theirs, **own}
+            if name != "seed" and own.get(name) != theirs.get(name)
+        }
+
+    nearest = min(RECIPES.values(), key=lambda recipe: len(changes(recipe)))
+    new = [f"{name} {'left out' if value is None else json.dumps(value)}"
+           for name, value in changes(nearest).items()]  # fmt: skip
+    return f"recipe {nearest.name}" + (f" but for {', '.join(new)}" if new else "")
+
+
+def _settings(experiment: Experiment) -> dict[str, Any]:
+    """Every setting by `section.name`, but for where data lie and where it starts from."""
+    values = {n: v for n, v in experiment.to_json().items() if n != "init_from"}
+    single = {n: v for n, v in values.items() if not isinstance(v, dict)}
+    return single | {
+        f"{section}.{name}": value
+        for section, of in values.items() if isinstance(of, dict)
+        for name, value in of.items() if name != "path"
+    }  # fmt: skip
 
 
 def comparable(
@@ -469,19 +501,25 @@ def comparable(
     return dataclasses.replace(experiment, task={**base.task, **more}, evaluation=base.evaluation)
 
 
-def _without_paper(experiment: Experiment) -> Experiment:
-    """Settings for data of any kind, that no paper reports on."""
+def _without_paper(
+    experiment: Experiment, algorithm: str, learner: dict[str, Any]
+) -> dict[str, Any]:
+    """What an algorithm has otherwise on data of any kind, that no paper reports on."""
     task = {name: experiment.task[name] for name in ("way", "shot")}
     task["query"] = max(experiment.task["query"], 5)
-    learner, network = dict(experiment.learner), dict(experiment.network)
-    if experiment.algorithm == "reptile":
+    network = dict(experiment.network)
+    if algorithm == "reptile":
         # Few examples a class: train on all that an episode has. On Omniglot the mean of the loss
         # did no worse than the sum of the released code, and better in short runs.
-        learner |= {"include_query": True, "eval_steps": 10, "reduction": "mean"}
-    if experiment.algorithm == "pretrained":
-        learner["adapt_everything"] = True
+        learner = {**learner, "include_query": True, "eval_steps": 10, "reduction": "mean"}
+    if algorithm == "pretrained":
+        learner = {**learner, "adapt_everything": True}
     network["head_init"] = "glorot"  # starts faster than MAML's N(0, 1)
-    return dataclasses.replace(
-        experiment, task=task, learner=learner, network=network, steps=2000,
-        meta_batch=min(experiment.meta_batch, 8), evaluation={"episodes": 600},
-    )  # fmt: skip
+    return {
+        "task": task,
+        "learner": learner,
+        "network": network,
+        "steps": 2000,
+        "meta_batch": min(experiment.meta_batch, 8),
+        "evaluation": {"episodes": 600},
+    }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import json
 import math
+import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -24,6 +26,7 @@ from ..losses import Loss
 from ..run import Run
 from ..task import Model, Source, Splits, TaskDistribution
 from ..train import Outer, Result, best_of, fit, initial_state
+from . import schema
 from .names import (
     ACTIVATIONS,
     ALGORITHMS,
@@ -34,6 +37,7 @@ from .names import (
     REGRESSIONS,
     TASKS,
     TITLES,
+    demand,
 )
 
 
@@ -87,28 +91,45 @@ class Experiment:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for kind, name, known in (
-            ("algorithm", self.algorithm, ALGORITHMS),
-            ("task family", self.tasks, TASKS),
-        ):
-            if name not in known:
-                raise ValueError(f"{name!r} is no {kind}; there are {', '.join(known)}")
+        for name, values in sections(self).items():
+            object.__setattr__(self, name, values)
+        at, steps = self.evaluation.get("at"), self.evaluation.get("steps")
+        most = self.eval_steps if steps is None else steps
+        if at is not None and not (at and max(at) <= most):
+            raise ValueError(
+                f"evaluation.at is {at}; expected steps from 0 to the last of adaptation, {most}"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The experiment as JSON values."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Experiment:
+    def from_json(cls, values: Any) -> Experiment:
         """The experiment that `to_json` described.
 
         Raises:
             ValueError: if fields are missing or unknown.
         """
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise ValueError(f"this does not describe an experiment: {error}") from None
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(values, Mapping):
+            raise ValueError("this does not describe an experiment: it is no JSON object")
+        for name in values:
+            if name not in names:
+                raise ValueError(
+                    f"this does not describe an experiment: {name!r:.80} is nothing of one; "
+                    f"{schema.one_of(str(name), names)}"
+                )
+        for field in dataclasses.fields(cls):
+            if field.name in values:
+                continue
+            if field.default_factory is not dataclasses.MISSING:
+                values = {**values, field.name: field.default_factory()}
+            elif field.default is not dataclasses.MISSING:
+                values = {**values, field.name: field.default}
+            else:
+                raise ValueError(f"this does not describe an experiment: it has no {field.name}")
+        return cls(**sections(types.SimpleNamespace(**values)))
 
     def splits(self, data_root: str | None = None, *, test: bool = False) -> Splits:
         """The task distributions; with `test`, those of the test episodes.
@@ -159,7 +180,10 @@ class Experiment:
             return 0
         if self.algorithm == "leo":
             return sum(self.learner.get(name, 5) for name in ("inner_steps", "finetune_steps"))
-        return self.learner.get("eval_steps", self.learner.get("inner_steps", 1))
+        usual = schema.taken(_factory(self)).get("inner_steps", (int, 1))[1]
+        steps = self.learner.get("inner_steps", 0 if self.algorithm == "pretrained" else usual)
+        chosen = self.learner.get("eval_steps")
+        return steps if chosen is None else chosen
 
     @property
     def episodes(self) -> int:
@@ -180,10 +204,7 @@ class Experiment:
             ValueError: if the algorithm does not know an argument.
         """
         arguments = dict(self.learner)
-        usual = "mse" if self.way is None else "cross_entropy"
-        kind = arguments.pop("loss", "log_prob" if self.tasks in ENVIRONMENTS else usual)
-        if kind not in LOSSES:
-            raise ValueError(f"{kind!r} is no loss; there are {', '.join(LOSSES)}")
+        kind = arguments.pop("loss", _usual_loss(self))
         how = {name: arguments.pop(name) for name in ("reduction", "noise") if name in arguments}
         loss = functools.partial(LOSSES[kind], **how) if how else LOSSES[kind]
         if kind == "gaussian" and self.algorithm == "bmaml":
@@ -198,15 +219,9 @@ class Experiment:
         for name in ("adapt_only", "train_only"):
             if isinstance(arguments.get(name), str):
                 arguments[name] = tree.under(arguments[name])
-        make = ALGORITHMS[self.algorithm]
-        if self.algorithm == "bmaml" and self.tasks in ENVIRONMENTS:
-            make = rl.BayesianMAML
-            kernel = arguments.get("kernel", "code")
-            if kernel not in rl.KERNELS:
-                raise ValueError(f"{kernel!r} is no kernel; there are {', '.join(rl.KERNELS)}")
-            arguments["kernel"] = rl.KERNELS[kernel]
-        if self.algorithm == "leo" and self.way is None:
-            make = LEORegression
+        make = _factory(self)
+        if make is rl.BayesianMAML:
+            arguments["kernel"] = rl.KERNELS[arguments.get("kernel", "code")]
         if self.algorithm == "class-mean":
             arguments = {"way": self.way, **arguments}
         return _call(make, {"loss": loss, **arguments}, f"algorithm {self.algorithm}")
@@ -265,15 +280,31 @@ class Experiment:
             **how,
         )
 
-    def test(
-        self, meta: Meta, splits: Splits, *, split: str = "test", ensemble: bool = False, **how: Any
-    ) -> Any:
-        """A `Report` on a split, or `Returns` of environments; `how` overrides `evaluation`.
+    def check(self, splits: Splits) -> None:
+        """Raise, before anything is trained, if the network or the test do not suit the tasks.
 
-        With `ensemble`, `meta` are the checkpoints that were kept.
+        Args:
+            splits: of the test.
+
+        Raises:
+            ValueError: if the network does not take the inputs, or the test has other arguments.
         """
+        self.judge(splits.test)
+        if self.tasks in ENVIRONMENTS:
+            return
+        x = splits.test.sample(jax.random.key(0)).support.draw(None, jax.random.key(0)).x
+        try:
+            eqx.filter_eval_shape(lambda model: model(x), self.model())
+        except (TypeError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(
+                f"the network {json.dumps(dict(self.network))} does not take the inputs of "
+                f"{self.tasks}, of shape {x.shape[1:]}: {reason}"
+            ) from None
+
+    def judge(self, tasks: TaskDistribution, *, ensemble: bool = False, **how: Any) -> Any:
+        """What scores meta-parameters on these tasks; see `test`."""
         how = {**self.evaluation, **how}
-        tasks = {"test": splits.test, "val": splits.val}[split]
         if self.tasks in ENVIRONMENTS:
             if how.get("episodes") is not None:
                 how["goals"] = how["episodes"]
@@ -281,9 +312,20 @@ class Experiment:
             how = {name: value for name, value in how.items() if name in known}
         learner = self.build_learner()
         learner = CheckpointEnsemble(learner.loss, learner) if ensemble else learner
-        judge = tasks.evaluator if hasattr(tasks, "evaluator") else _evaluator(tasks)
+        make = tasks.evaluator if hasattr(tasks, "evaluator") else _evaluator(tasks)
+        return make(learner, **how)
+
+    def test(
+        self, meta: Meta, splits: Splits, *, split: str = "test", ensemble: bool = False, **how: Any
+    ) -> Any:
+        """A `Report` on a split, or `Returns` of environments; `how` overrides `evaluation`.
+
+        With `ensemble`, `meta` are the checkpoints that were kept.
+        """
+        tasks = {"test": splits.test, "val": splits.val}[split]
         # A stream apart from training's, and the same for every experiment.
-        report = judge(learner, **how)(meta, key=jax.random.key(2**31))
+        judge = self.judge(tasks, ensemble=ensemble, **how)
+        report = judge(meta, key=jax.random.key(2**31))
         trained_on = "train and val" if self.task.get("train_and_val") else "train"
         protocol = {
             **report.protocol, "algorithm": TITLES[self.algorithm], "trained_on": trained_on
@@ -336,6 +378,137 @@ class Experiment:
         return best, step, kept
 
 
+def sections(experiment: Any) -> dict[str, Any]:
+    """The fields of an experiment as what they are given to takes them.
+
+    Args:
+        experiment: has the fields of `Experiment`, of any kind.
+
+    Raises:
+        ValueError: naming the setting that nothing takes, or that is of another kind.
+    """
+    e = experiment
+    for kind, value, names in (
+        ("algorithm", e.algorithm, ALGORITHMS),
+        ("task family", e.tasks, TASKS),
+    ):
+        if not isinstance(value, str) or value not in names:
+            raise ValueError(f"{value!r:.80} is no {kind}; {schema.one_of(str(value), names)}")
+    demand(e.algorithm, e.tasks)
+    acting = e.tasks in ENVIRONMENTS
+    family = schema.taken(TASKS[e.tasks])
+    found: dict[str, Any] = {
+        "algorithm": e.algorithm,
+        "tasks": e.tasks,
+        "init_from": e.init_from,
+        "task": schema.checked("task", e.task, family, signed=family),
+        "test_task": schema.checked("test_task", e.test_task, family, signed=family),
+        "network": _network(e.network, acting),
+        "learner": schema.checked("learner", e.learner, _learner(e)),
+        "outer": _outer(e.outer, acting),
+        "evaluation": schema.checked(
+            "evaluation", e.evaluation,
+            schema.taken(rl.Evaluator, ("learner", "tasks")) if acting
+            else schema.taken(Evaluator, ("learner", "tasks", "watch")),
+        ),
+    }  # fmt: skip
+    for name in ("steps", "meta_batch", "keep"):
+        found[name] = schema.fitting(name, getattr(e, name), int, least=1)
+    found["seed"] = schema.fitting("seed", e.seed, int, least=-(2**31), most=2**32 - 1)
+    for name in ("tune", "tune_noise"):
+        found[name] = schema.fitting(name, getattr(e, name), Sequence[float])
+    for name in ("way", "shot"):
+        if "way" in family and name not in found["task"]:
+            raise ValueError(f"task.{name} is missing, a whole number")
+    start: Any = e.init_from
+    for _ in range(8):
+        if start == {}:
+            break
+        if not isinstance(start, Mapping):
+            raise ValueError("init_from is no JSON object; expected an experiment")
+        start = start.get("init_from", {})
+    else:
+        raise ValueError("init_from is nested more than 8 deep")
+    if e.init_from:
+        Experiment.from_json(e.init_from)
+    return found
+
+
+NETWORKS: dict[str, tuple[Any, tuple[Callable[..., Model], ...], tuple[str, ...]]] = {
+    "mlp": (Sequence[int], (models.MLP,), ("out_size", "hidden")),
+    "conv4": (Literal[tuple(models.CONV4)], (models.Conv4,), ("out",)),
+    "linear": (int, (models.Linear,), ("in_size", "out_size")),
+    "policy": (
+        Sequence[int],
+        (rl.CategoricalMLP, rl.GaussianMLP),
+        ("observation_size", "action_size", "hidden"),
+    ),
+}
+"""Kinds of networks: what the setting of their name is, what takes the others, and what of its
+arguments the tasks determine."""
+
+
+def _network(values: Any, acting: bool) -> dict[str, Any]:
+    kinds = NETWORKS.keys() & (values if isinstance(values, Mapping) else ())
+    if len(kinds) != 1 or ("policy" in kinds) != acting:
+        wanted = "policy" if acting else "one of mlp, conv4 and linear"
+        raise ValueError(f"network should name {wanted}, and names {', '.join(kinds) or 'none'}")
+    (kind,) = kinds
+    own, makers, without = NETWORKS[kind]
+    known: dict[str, Any] = {kind: (own, None)}
+    for make in makers:
+        known |= schema.taken(make, without)
+    if kind in ("mlp", "policy"):
+        known["activation"] = (Literal[tuple(ACTIVATIONS)], None)
+    found = schema.checked("network", values, known)
+    for name, value in found.items():
+        sizes = value if isinstance(value, list | tuple) else [value]
+        if name != "context" and any(type(one) is int and one < 1 for one in sizes):
+            raise ValueError(f"network.{name} is {value}; expected 1 or more")
+    return found
+
+
+def _learner(experiment: Any) -> schema.Known:
+    e = experiment
+    make = _factory(e)
+    known = dict(schema.taken(make, ("loss",)))
+    arguments = inspect.signature(make).parameters
+    forwarding = any(p.kind is p.VAR_KEYWORD for p in arguments.values())
+    if "inner_optimizer" in arguments or forwarding:
+        known["inner_adam"] = (float, None)
+    if "adapt_only" in arguments or forwarding:
+        known |= {"adapt_only": (str, None), "adapt_everything": (bool, None)}
+    if "train_only" in arguments or forwarding:
+        known["train_only"] = (str, None)
+    if make is rl.BayesianMAML:
+        known["kernel"] = (Literal[tuple(rl.KERNELS)], None)
+    # What these set themselves.
+    known.pop({"pretrained": "inner_steps", "fomaml": "first_order"}.get(e.algorithm, ""), None)
+    known["loss"] = (Literal[tuple(LOSSES)], None)
+    kind = e.learner.get("loss") if isinstance(e.learner, Mapping) else None
+    loss = LOSSES.get(kind) if isinstance(kind, str) else LOSSES[_usual_loss(e)]
+    if loss is not None:
+        of_loss = schema.taken(loss)
+        known |= {name: of_loss[name] for name in ("reduction", "noise") if name in of_loss}
+    return known
+
+
+def _outer(values: Any, acting: bool) -> dict[str, Any]:
+    known: dict[str, Any] = {"adam": (float, None), "clip": (float, None)}
+    rules = RULES & (values if isinstance(values, Mapping) else {}).keys()
+    if len(rules) > 1:
+        raise ValueError(f"outer names {' and '.join(sorted(rules))}; one of them is the rule")
+    if rules and "adam" not in rules and not acting:
+        raise ValueError(f"outer.{min(rules)} is for environments; expected adam")
+    if "trpo" in rules:
+        known = {"trpo": (float, None), "each": (bool, None), **schema.taken(rl.TRPO, ("max_kl",))}
+    if "ppo" in rules:
+        known = {"ppo": (float, None), **schema.taken(rl.PPO)}
+    if not rules and acting:
+        known |= {"trpo": (float, None), "ppo": (float, None)}
+    return schema.checked("outer", values, known)
+
+
 RULES = frozenset({"adam", "trpo", "ppo"})
 """Names of the outer rules that exclude each other."""
 
@@ -343,7 +516,7 @@ RULES = frozenset({"adam", "trpo", "ppo"})
 def changed(experiment: Experiment, changes: Mapping[str, Any]) -> Experiment:
     """The experiment with other values; what is `None` stays, sections are merged.
 
-    An outer rule in the place of another takes the place of its arguments, too.
+    An outer rule, or a network, in the place of another takes the place of its arguments, too.
 
     Args:
         experiment: to start from.
@@ -354,12 +527,28 @@ def changed(experiment: Experiment, changes: Mapping[str, Any]) -> Experiment:
         if isinstance(value, Mapping):
             given = {n: v for n, v in value.items() if v is not None}
             old = getattr(experiment, name)
-            if name == "outer" and RULES & given.keys() and RULES & (old.keys() - given.keys()):
+            kinds = {"outer": RULES, "network": NETWORKS.keys()}.get(name, set())
+            if kinds & given.keys() and kinds & (old.keys() - given.keys()):
                 old = {}
             value = {**old, **given}
         if value is not None:
             new[name] = value
     return dataclasses.replace(experiment, **new)
+
+
+def _usual_loss(experiment: Any) -> str:
+    """The name of the loss where none is given."""
+    usual = "mse" if experiment.tasks in REGRESSIONS else "cross_entropy"
+    return "log_prob" if experiment.tasks in ENVIRONMENTS else usual
+
+
+def _factory(experiment: Any) -> Callable[..., MetaLearner]:
+    """What makes the learner."""
+    if experiment.algorithm == "bmaml" and experiment.tasks in ENVIRONMENTS:
+        return rl.BayesianMAML
+    if experiment.algorithm == "leo" and experiment.tasks in REGRESSIONS:
+        return LEORegression
+    return ALGORITHMS[experiment.algorithm]
 
 
 class _AtRate(MetaLearner):

@@ -32,6 +32,7 @@ _STYLE: Any = {
     "lines.markersize": 4.5,
     "savefig.dpi": 160,
     "figure.dpi": 120,
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
 }
 
 METRICS = {

@@ -180,8 +180,8 @@ def decision_boundaries(
                         markeredgecolor="black", markeredgewidth=0.6, zorder=5)  # fmt: skip
             ax.set_aspect("equal")
             ax.grid(False)
-        row[0].set_ylabel("$x_2$")
-    _titles(axes, learners, "$x_1$")
+        row[0].set_ylabel("x₂")
+    _titles(axes, learners, "x₁")
     figure.colorbar(shade, ax=axes, label="probability of label 1", shrink=0.7, aspect=30)
     points: dict[str, Any] = {"linestyle": "", "markeredgecolor": "black", "markersize": 5.5}
     seen = {int(label) for label in np.asarray(task.support.y)}

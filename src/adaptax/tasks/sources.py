@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pooch
 
+from adaptax.text import shown
+
 MAX_MEMBER = 64 * 2**20
 """Largest file that is read from an archive, in bytes; no image of these data sets comes near."""
 
@@ -35,13 +37,6 @@ class DataError(ValueError):
 def is_hidden(name: str) -> bool:
     """Whether a file or directory of this name, without its path, is hidden from its owner."""
     return name.startswith(".") or name.lower() in HIDDEN
-
-
-def shown(name: str | os.PathLike, most: int = 200) -> str:
-    """A name in a sentence: control characters escaped, the middle of long names cut."""
-    text = str(name)
-    line = text if text.isprintable() else repr(text)[1:-1]
-    return line if len(line) <= most else f"{line[: most // 2]}…{line[-(most // 2) :]}"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,60 @@
+"""Text for the terminal: shown as it is, never taken for markup or for control codes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from ..text import escaped
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Interrupted(Exception):
+    """Ctrl-C, with what it says on the way out: how to go on."""
+
+
+class Plain(Console):
+    """A console on which text is text: no markup, no emoji codes, control characters escaped."""
+
+    def __init__(self, **how: Any):
+        super().__init__(highlight=False, markup=False, emoji=False, **how)
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        """Text of any origin: what is printed, cells and titles of tables."""
+        return super().render_str(escaped(text), **how)
+
+    def on_broken_pipe(self) -> None:
+        """Raise, and leave the exit code to the entry point."""
+        raise BrokenPipeError
+
+
+def consoles() -> tuple[Console, Console]:
+    """For results, on stdout, and for progress, on stderr."""
+    wide = None if sys.stdout.isatty() else 140
+    return Plain(width=wide), Plain(stderr=True)
+
+
+def say(text: str) -> None:
+    """A line on stderr."""
+    Plain(stderr=True, soft_wrap=True).print(f"adaptax: {text}")
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure."""
+    figure.savefig(path, dpi=160)
+    return path
+
+
+def free_folder(name: str) -> Path:
+    """`runs/name`, or the first of `runs/name-2`, … that does not exist."""
+    path, count = Path("runs", name), 1
+    while path.exists():
+        count += 1
+        path = Path("runs", f"{name}-{count}")
+    return path
