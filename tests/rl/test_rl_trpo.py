@@ -1,5 +1,7 @@
 """The trust-region step: conjugate gradient, line search, natural step, and the whole."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -210,3 +212,28 @@ def test_ppo_is_flat_outside_its_clip(x64):
 def test_settings_that_make_no_sense(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+OUTER = {
+    "TRPO": lambda: (ax.MAML(rl.log_prob, 0.1, 1), rl.TRPO(max_kl=0.05)),
+    "PPO": lambda: (ax.MetaSGD(rl.log_prob, 0.1, 1), rl.PPO(epochs=2)),
+    "a region each": lambda: (rl.BayesianMAML(rl.log_prob, 0.1, 1, particles=2),
+                              rl.ParticleTRPO(rl.TRPO(max_kl=0.05))),
+    "independent": lambda: (rl.BayesianMAML(rl.log_prob, 0.1, 1, particles=2, kernel=None),
+                            rl.ParticleTRPO(rl.TRPO(max_kl=0.05))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OUTER)
+def test_what_is_not_to_be_trained_stays(name):
+    learner, outer = OUTER[name]()
+    learner = dataclasses.replace(learner, train_only=lambda path: "layers" not in path)
+    tasks = rl.Tasks(rl.Navigation(), horizon=3, trajectories=2)
+    policy = rl.GaussianMLP(2, 2, (4,), key=KEY)
+    start = learner.init(policy, key=jax.random.split(KEY, 4)[2])
+    result = ax.fit(learner, policy, tasks, outer=outer, steps=2, meta_batch=2, key=KEY, devices=1)
+    before, after = ax.tree.by_path(start), ax.tree.by_path(result.meta)
+    moved = [p for p in before if not np.array_equal(before[p], after[p])]
+    assert moved
+    assert all("layers" not in path for path in moved), moved
+    assert any("layers" in path for path in before)
