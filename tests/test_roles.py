@@ -121,6 +121,12 @@ def test_complex_parameters_are_refused():
     assert chosen(fixed) == {"params/w"}
 
 
+def test_keys_of_the_old_kind_are_refused():
+    model = ax.Functional({"w": jnp.ones(1), "rng": jax.random.PRNGKey(0)}, lambda p, x: x * p["w"])
+    with pytest.raises(ValueError, match=r"params/rng .* is uint32\[2\].*wrap_key_data"):
+        ax.fit(ax.MAML(mse), model, ax.tasks.sinusoid().train, steps=1, key=KEY)
+
+
 # Shared
 
 

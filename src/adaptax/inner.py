@@ -120,6 +120,7 @@ def run(
     if steps < 0:
         raise ValueError(f"the inner loop takes 0 or more steps, not {steps}")
     rule = sgd(lr) if optimizer is None else optimizer
+    roles.check_keys(model)
     once, loss = roles.deduplicate(model), roles.pure(loss)
     start, fixed = eqx.partition(once, tree.adaptable(once, adapt_only))
     watch.begin()

@@ -59,6 +59,21 @@ def is_key(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+def check_keys(model: PyTree) -> None:
+    """Raise for an untyped key in a model, which would never change.
+
+    Raises:
+        ValueError: if an array is `uint32[2]`, which is what such a key looks like.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_variable):
+        if eqx.is_array(leaf) and leaf.dtype == jnp.uint32 and leaf.shape == (2,):
+            raise ValueError(
+                f"the array {path_name(path)} of the model is uint32[2], as random keys of the old "
+                "kind are, which would never change; make it a key by jax.random.wrap_key_data, or "
+                "int32 if it is none"
+            )
+
+
 def fresh(tree: PyTree, key: PRNGKeyArray) -> PyTree:
     """The tree with other PRNG keys, a function of its own and of `key`.
 
