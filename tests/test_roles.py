@@ -141,6 +141,9 @@ def test_shared_variables_are_one_parameter():
     assert net.tied[0].kernel is not back.tied[0].kernel  # the user's own is never touched
     assert tree.count(net) == 12 + 12 + 36 + 7
     assert tree.squared_distance(net, net) == 0
+    empty = eqx.filter(once, lambda leaf: False)
+    again = roles.deduplicate(roles.reshare(empty))
+    assert jax.tree.structure(again) == jax.tree.structure(empty)
     stacked = tree.stack([net, net])
     assert stacked.tied[0].kernel is stacked.tied[1].kernel
     one = tree.at(stacked, 1)

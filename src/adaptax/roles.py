@@ -126,10 +126,12 @@ def deduplicate(tree: PyTree) -> PyTree:
     leaves, shares = [], False
     for path, leaf in found:
         first = places.setdefault(id(leaf), path) if _is_variable(leaf) else path
-        if first is not path and jax.tree.leaves(leaf):
+        if first is not path:
             common = sum(1 for _ in _common(first, path))
             stand_in = Elsewhere(len(path) - common, first[common:])
-            leaf, shares = jax.tree.map(lambda _, new=stand_in: new, leaf), True
+            is_none = lambda node: node is None  # noqa: E731 - an array that was filtered out
+            leaf = jax.tree.map(lambda _, new=stand_in: new, leaf, is_leaf=is_none)
+            shares = True
         leaves.append(leaf)
     return jax.tree.unflatten(structure, leaves) if shares else tree
 
