@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import copy
 import json
 import os
@@ -153,12 +154,14 @@ def changed_bytes(rng: random.Random, data: bytes) -> bytes:
 def changed_file(rng: random.Random, file: Path) -> None:
     """A file that is broken: its content, or what it is at all."""
     if file.suffix in (".json", ".jsonl") and rng.random() < 0.8:
-        lines = file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]
-        at = rng.randrange(len(lines))
-        deep = "[" * 5000 if rng.random() < 0.05 else None
-        lines[at] = deep or json.dumps(changed_json(rng, json.loads(lines[at])))
-        file.write_text("\n".join(lines) + "\n")
-        return
+        with contextlib.suppress(ValueError, RecursionError):  # broken before
+            text = file.read_text()
+            lines = text.splitlines() if file.suffix == ".jsonl" else [text]
+            at = rng.randrange(len(lines))
+            deep = "[" * 5000 if rng.random() < 0.05 else None
+            lines[at] = deep or json.dumps(changed_json(rng, json.loads(lines[at])))
+            file.write_text("\n".join(lines) + "\n")
+            return
     match rng.randrange(10):
         case 0:
             file.unlink()

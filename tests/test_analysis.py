@@ -578,8 +578,8 @@ def test_reptiles_network_with_another_activation():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["gradients", "--steps", "0"], "--steps is at least 1"),
-        (["gradients", "--episodes", "0"], "--episodes is at least 1"),
+        (["gradients", "--steps", "0"], "--steps: '0' is not"),
+        (["gradients", "--episodes", "0"], "--episodes: '0' is not"),
         (["gradients", "--inner-steps", "3"], "--study overlap"),
         (["gradients", "--study", "overlap", "--inner-steps", "1"], "2 or more"),
         (["gradients", "--data-root", "nowhere"], "nowhere"),
@@ -588,7 +588,7 @@ def test_reptiles_network_with_another_activation():
         (["taylor", "omniglot", "--minibatches", "5"], "should be 2 to 4"),
         (["taylor", "sinusoid", "--relu"], "tanh"),
         (["taylor", "sinusoid", "--rates", "0"], "positive"),
-        (["taylor", "sinusoid", "--count", "0"], "at least one"),
+        (["taylor", "sinusoid", "--count", "0"], "--count: '0' is not"),
         (["taylor", "omniglot", "--data-root", "nowhere"], "nowhere"),
     ],
 )

@@ -147,6 +147,7 @@ def configured(words, monkeypatch):
     """The configuration that the words make."""
     asked = []
     monkeypatch.setattr(extractor, "_train", lambda config, *a, **k: asked.append(config) or 1 / 0)
+    monkeypatch.setenv("ADAPTAX_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         main(["pretrain", *words])
     return asked[0]
@@ -199,7 +200,7 @@ def test_backbones(words, network, features, monkeypatch):
         (["pretrain", "glyphs", "--path", "x"], "--path names the images of the data set folder"),
         (["pretrain", "folder", "--path", "nowhere"], "nowhere does not exist"),
         (["pretrain", "glyphs", "--depth", "10"], "--depth is of wrn28-10; conv4 has one"),
-        (["pretrain", "glyphs", "--width", "0"], "--width 0; expected at least 1"),
+        (["pretrain", "glyphs", "--width", "0"], "--width: '0' is not a whole number from 1"),
         (["pretrain", "glyphs", "--jitter", "2"], "jitter=2.0; expected"),
         (["pretrain", "--resume", "nowhere"], "nowhere holds no run"),
         (["pretrain", "--resume", "nowhere", "--rate", "1"], "leave out --rate"),
@@ -209,7 +210,7 @@ def test_backbones(words, network, features, monkeypatch):
         (["embed", "nowhere"], "nowhere holds no run"),
         (["embed", "--archive", "a.zip"], "--archive wants --out"),
         (["embed", "--archive", "a.zip", "--out", "e"], "a.zip does not exist"),
-        (["embed", "nowhere", "--batch", "0"], "--batch 0; expected a number of images"),
+        (["embed", "nowhere", "--batch", "0"], "--batch: '0' is not a whole number from 1"),
     ],
 )
 def test_errors_are_a_sentence_and_leave_nothing(words, said, here, capsys):
@@ -222,7 +223,7 @@ def test_errors_are_a_sentence_and_leave_nothing(words, said, here, capsys):
 
 def test_settings_that_the_images_do_not_allow(photos, here, capsys):
     words = ["pretrain", "folder", "--path", str(photos), "--size", "16", "--width", "2"]
-    for more, said in ((["--epochs", "0"], "epochs=0; expected a number of at least 1"),
+    for more, said in ((["--epochs", "0"], "--epochs: '0' is not a whole number"),
                        (["--batch", "100"], "batch=100, but there are 72 images")):  # fmt: skip
         assert main([*words, *more]) == 2
         assert said in capsys.readouterr().err

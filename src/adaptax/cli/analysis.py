@@ -159,9 +159,6 @@ def taylor(asked: AnalyzeTaylor) -> None:
 def _arms(asked: AnalyzeGradients) -> list[Arm]:
     """The trainings of a study, in order."""
     steps = or_else(asked.steps, STEPS[asked.study])
-    for name, value in (("steps", steps), ("episodes", asked.episodes)):
-        if value < 1:
-            raise ValueError(f"--{name} is at least 1, not {value}")
     how = {"steps": steps, "episodes": asked.episodes, "seed": asked.seed}
     if asked.study == "combinations":
         if asked.inner_steps:

@@ -102,8 +102,6 @@ def _experiments(asked: Compare) -> dict[str, Experiment]:
     sinusoid = asked.tasks == "sinusoid"
     if sinusoid and (asked.way is not None or asked.shot is not None):
         raise ValueError("sinusoids are compared as in MAML's paper; leave out --way and --shot")
-    if asked.seeds < 1:
-        raise ValueError(f"--seeds is at least 1, not {asked.seeds}")
     names = settings.known(asked.algorithms or COMPARED["sinusoid" if sinusoid else "images"])
     changes = {
         "steps": settings.or_else(asked.steps, STEPS.get(asked.tasks, SHORT)),

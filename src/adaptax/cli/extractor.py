@@ -80,8 +80,6 @@ def embed(asked: Embed) -> None:
     """`adaptax embed`."""
     if (asked.run is None) == (asked.archive is None):
         raise ValueError("embed wants the folder of a run, or --archive, one of them")
-    if asked.batch < 1:
-        raise ValueError(f"--batch {asked.batch}; expected a number of images, at least 1")
     if asked.archive is not None:
         if asked.out is None:
             raise ValueError("--archive wants --out, the file to write")
@@ -224,8 +222,6 @@ def _config(asked: Pretrain) -> dict[str, Any]:
 def _network_arguments(asked: Pretrain) -> dict[str, Any]:
     if asked.backbone != "wrn28-10" and asked.depth is not None:
         raise ValueError(f"--depth is of wrn28-10; {asked.backbone} has one depth")
-    if asked.width is not None and asked.width < 1:
-        raise ValueError(f"--width {asked.width}; expected at least 1")
     if asked.backbone == "conv4":
         return {"filters": asked.width or 64, "down": asked.down}
     if asked.backbone == "resnet12":
