@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from . import feed, io, metrics, roles, scoring, tree
+from . import feed, io, metrics, program, roles, scoring, tree
 from .conv import FastPath, fast
 from .learner import Ensemble, Meta, MetaLearner
 from .mapping import Mapping, chunk_size, with_fast_path
@@ -256,17 +256,14 @@ class Evaluator:
             raise ValueError(f"scores is a function of predictions and targets, not {scores!r}")
         if select is not None:
             scoring.sign_of(select)
-        self.learner, self.tasks, self.episodes = (
-            with_fast_path(learner, fast_path),
-            tasks,
-            episodes,
+        self.learner, self.tasks, self.episodes = learner, tasks, episodes
+        self.transductive, self.noise, self.select = transductive, noise, select
+        self.mapping, self.watch = mapping, watch
+        self._scorer = _Scorer(
+            learner, steps, None if at is None else tuple(at), transductive, scores, fast_path
         )
-        self.steps, self.at, self.transductive, self.noise = steps, at, transductive, noise
-        self.mapping, self.fast_path, self.watch = mapping, fast_path, watch
-        self.loss, self.scores, self.select = learner.loss, scores, select
         self._facts: dict[str, Any] = {}
         self._size: int | None = None
-        self._program = eqx.filter_jit(self._chunk)
 
     def __call__(
         self, meta: Meta, *, key: PRNGKeyArray, noise: float | Array | None = None
@@ -282,17 +279,17 @@ class Evaluator:
         assumed: Any = self.noise if noise is None else noise
         # An argument of the program; `None` asks the models for theirs.
         noise = None if assumed == "learned" else jnp.asarray(assumed, float)
+        given = meta, self.tasks, noise
         if self._size is None:
             probe = feed.load(self.tasks, key, jnp.zeros(1, jnp.uint32))
-            each = lambda loaded: self._episode(meta, self.tasks, noise, loaded, key)  # noqa: E731
-            self._size = chunk_size(self.mapping, 32, each, (probe,))
+            self._size = program.call(self._scorer.size, self.mapping, *given, probe, key)
         # The tail of the last chunk repeats the last episode, so that one program does for all.
         # An interrupt waits for the end of a chunk, so that few heavy episodes make one.
         chunk = min(self.episodes, 20 * self._size)
         jobs = (lambda s=s: self._load(s, chunk, key) for s in range(0, self.episodes, chunk))
         parts = []
         for loaded, keys in feed.prefetch(self.tasks, jobs):
-            scores = self._program(meta, self.tasks, noise, loaded, keys)
+            scores, self._facts = program.call(self._scorer.chunk, self._size, *given, loaded, keys)
             parts.append(jax.tree.map(np.asarray, scores))
             if self.watch is not None:
                 self.watch(min(len(parts) * chunk, self.episodes))
@@ -317,7 +314,7 @@ class Evaluator:
         loaded = feed.load(self.tasks, key, jnp.zeros(1, jnp.uint32))
         first = jax.tree.map(lambda leaf: leaf[0], loaded)
         noise = None if self.noise == "learned" else jnp.asarray(self.noise, float)
-        found = eqx.filter_eval_shape(self._episode, meta, self.tasks, noise, first, key)
+        found = eqx.filter_eval_shape(self._scorer.episode, {}, meta, self.tasks, noise, first, key)
         self._check_select({**found, **found.get("claimed", {})})
 
     def _check_select(self, found: dict[str, Any]) -> None:
@@ -344,14 +341,47 @@ class Evaluator:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
         return feed.load(self.tasks, key, index), keys
 
-    def _chunk(
-        self, meta: Meta, tasks: TaskDistribution, noise: Array | None, loaded: PyTree, keys: Array
-    ) -> dict[str, Any]:
-        each = lambda xs: self._episode(meta, tasks, noise, *xs)  # noqa: E731
-        return jax.lax.map(each, (loaded, keys), batch_size=None if self._size == 1 else self._size)
 
-    def _episode(
+class _Scorer(eqx.Module):
+    """What of an evaluator its programs depend on: nothing that refers to the data."""
+
+    learner: MetaLearner
+    steps: int | None = eqx.field(static=True)
+    at: tuple[int, ...] | None = eqx.field(static=True)
+    transductive: bool = eqx.field(static=True)
+    scores: Scores | None = eqx.field(static=True)
+    fast_path: FastPath = eqx.field(static=True)
+
+    def size(
         self,
+        mapping: Mapping,
+        meta: Meta,
+        tasks: TaskDistribution,
+        noise: Array | None,
+        probe: PyTree,
+        key: PRNGKeyArray,
+    ) -> int:
+        """How many episodes to map at once."""
+        each = lambda loaded: self.episode({}, meta, tasks, noise, loaded, key)  # noqa: E731
+        return chunk_size(mapping, 32, each, (probe,))
+
+    def chunk(
+        self,
+        size: int,
+        meta: Meta,
+        tasks: TaskDistribution,
+        noise: Array | None,
+        loaded: PyTree,
+        keys: Array,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Scores of episodes, and what is known of all of them."""
+        facts: dict[str, Any] = {}
+        each = lambda xs: self.episode(facts, meta, tasks, noise, *xs)  # noqa: E731
+        return jax.lax.map(each, (loaded, keys), batch_size=None if size == 1 else size), facts
+
+    def episode(
+        self,
+        facts: dict[str, Any],
         meta: Meta,
         tasks: TaskDistribution,
         noise: Array | None,
@@ -362,7 +392,8 @@ class Evaluator:
         adapt_key, support_key, query_key = jax.random.split(key, 3)
         task = feed.task(tasks, loaded)
         meta = roles.fresh(meta, key)
-        path = self.learner.iterates(meta, task.support, key=adapt_key, steps=self.steps)
+        learner = with_fast_path(self.learner, self.fast_path)
+        path = learner.iterates(meta, task.support, key=adapt_key, steps=self.steps)
         arrays, rest = eqx.partition(path, eqx.is_array)
         length = len(jax.tree.leaves(arrays)[0])
         chosen = _chosen(length, self.at)
@@ -377,9 +408,9 @@ class Evaluator:
                 "the tasks' queries have no targets, y=None, to score predictions by; give "
                 "labelled queries, or call the adapted model on their x"
             )
-        self._facts["at"] = chosen if length > 1 else [None]
-        self._facts["particles"] = getattr(before, "particles", 1)
-        self._facts["backbone"] = _backbone(before)
+        facts["at"] = chosen if length > 1 else [None]
+        facts["particles"] = getattr(before, "particles", 1)
+        facts["backbone"] = _backbone(before)
 
         # Some families have scores of their own, such as the readings of ambiguous tasks.
         family = getattr(tasks, "scores", None)
@@ -391,7 +422,7 @@ class Evaluator:
                 transductive=self.transductive, fast_path=self.fast_path,
             )  # fmt: skip
             assumed = learned_noise(model) if noise is None else noise
-            found = scoring.scores(self.loss, model, predictions, query, assumed)
+            found = scoring.scores(self.learner.loss, model, predictions, query, assumed)
             for by, own in (("the tasks' scores", family), ("scores=", self.scores)):
                 if own is not None:
                     found |= scoring.checked(own(predictions, query.y), by)
@@ -420,6 +451,12 @@ def predict(
             nothing computed over the batch lets it see another query.
         fast_path: see `adaptax.conv.fast`.
     """
+    return program.call(_predict, model, x, support_x, transductive, fast_path)
+
+
+def _predict(
+    model: Model, x: PyTree, support_x: PyTree, transductive: bool, fast_path: FastPath
+) -> Float[Array, ...]:
     call = fast(roles.apply, fast_path)
     if transductive:
         return call(model, x)

@@ -7,10 +7,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import equinox as eqx
 import jax
 from jaxtyping import Array, Integer, PRNGKeyArray, PyTree
 
+from . import program
 from .task import HostTaskDistribution, Task, TaskDistribution, episode_key
 
 
@@ -22,13 +22,9 @@ def load(tasks: TaskDistribution, key: PRNGKeyArray, episodes: Integer[Array, " 
         key: the stream that episodes are counted in.
         episodes: indices, of any shape; the result leads with it.
     """
-    keys = _keys(tasks.split, key, episodes)
     if not isinstance(tasks, HostTaskDistribution):
-        return keys, episodes
-    plan = tasks.plan
-    for _ in episodes.shape:
-        plan = jax.vmap(plan)
-    return tasks.fetch(eqx.filter_jit(lambda keys: plan(keys))(keys))
+        return program.call(_keys, tasks.split, key, episodes), episodes
+    return tasks.fetch(program.call(_plan, tasks, key, episodes))
 
 
 def task(tasks: TaskDistribution, loaded: PyTree) -> Task:
@@ -78,7 +74,15 @@ def prefetch(tasks: TaskDistribution, jobs: Iterable[Callable[[], Any]]) -> Iter
         thread.join()
 
 
-@eqx.filter_jit
+def _plan(
+    tasks: HostTaskDistribution, key: PRNGKeyArray, episodes: Integer[Array, " *shape"]
+) -> PyTree:
+    plan: Any = tasks.plan
+    for _ in episodes.shape:
+        plan = jax.vmap(plan)
+    return plan(_keys(tasks.split, key, episodes))
+
+
 def _keys(split: str, key: PRNGKeyArray, episodes: Integer[Array, " *shape"]) -> Array:
     one: Any = lambda i: episode_key(split, key, i)  # noqa: E731
     for _ in episodes.shape:

@@ -35,11 +35,12 @@ def _compiled(method: Callable[..., Any]) -> Callable[..., Any]:
     """`adapt` or `iterates` of a learner, run as one compiled program where values are known."""
 
     @functools.wraps(method)
-    def run(self: MetaLearner, meta: Meta, support: Source, **how: Any) -> Any:
+    def run(self: MetaLearner, meta: Meta, support: Any, **how: Any) -> Any:
         values = jax.tree.leaves((self, meta, support, how))
         if any(isinstance(value, jax.core.Tracer) for value in values):
             return roles.kept(lambda once: method(self, once, support, **how), meta)
-        self.check(meta, support, **how)
+        # Of the class, since Equinox binds slowly.
+        type(self).check_support(self, meta, support, key=how["key"])
         # The next answer of an object of the user's own may be another.
         if all(eqx.is_array_like(x) or callable(x) for x in jax.tree.leaves(support)):
             return program.call(_call, method, self, meta, support, how)
@@ -48,7 +49,7 @@ def _compiled(method: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _call(method: Callable[..., Any], learner: Any, meta: Meta, support: Source, how: Any) -> Any:
+def _call(method: Callable[..., Any], learner: Any, meta: Meta, support: Any, how: Any) -> Any:
     return method(learner, meta, support, **how)
 
 
@@ -107,9 +108,7 @@ class MetaLearner(eqx.Module):
         """
         return self.meta_loss(meta, task, key=key, progress=progress)[0]
 
-    def check(
-        self, meta: Meta, support: Source, *, key: PRNGKeyArray, steps: int | None = None
-    ) -> None:
+    def check_support(self, meta: Meta, support: Any, *, key: PRNGKeyArray) -> None:
         """Raise for a support of wrong values; `adapt` and `iterates` ask where they are known."""
 
     @_compiled

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from . import batch_norm, feed, io, roles, tree
+from . import batch_norm, feed, io, program, roles, tree
 from .augment import Augmentation
 from .conv import fast
 from .mapping import everywhere, local_mesh
@@ -30,7 +30,7 @@ from .models.residual import convolve_in
 from .process import check_not_forked, interruptible
 from .run import Resume, Run, as_run, lets_go
 from .task import Model, TaskDistribution
-from .tasks.episodes import Episodes, StreamedEpisodes
+from .tasks.episodes import Design, Episodes, StreamedEpisodes
 
 Precision = Literal["auto", "float32", "bfloat16"]
 """Of the convolutions of the residual networks: `"auto"` is bfloat16 on accelerators, float32 on a
@@ -163,8 +163,8 @@ def pretrain(
         state, history = run.begin(state, plan, resume)
     bank = classified.bank if isinstance(classified, Episodes) else None
     # Once, and not at every call of the program: the bank of images may be large.
-    state, bank = everywhere((state, bank), mesh)
-    program = _program(recipe, fixed, classified, noise_key, mesh)
+    state, bank, given_fixed = everywhere((state, bank, fixed), mesh)
+    steps_of = _program(recipe, classified.design, mesh)
     judge = _judge(fixed, classified, order)
 
     def bounds() -> Iterator[tuple[int, int]]:
@@ -187,7 +187,8 @@ def pretrain(
     with interruptible() as interrupted:
         for start, end, loaded in feed.prefetch(classified, jobs):
             began = time.perf_counter()
-            state, logs = program((bank, loaded), state)
+            given = bank, given_fixed, noise_key, loaded
+            state, logs = program.call(steps_of, given, state, donate=[1])
             means = {name: float(np.mean(values)) for name, values in logs.items()}
             if not math.isfinite(means["loss"]):
                 raise FloatingPointError(
@@ -304,20 +305,21 @@ def extract(
             f"not by {type(model).__name__} from {type(images).__name__}"
         )
     how = {} if layer is None else {"layer": layer}
-    arrays, fixed = eqx.partition(batch_norm.use_running_average(model), eqx.is_array)
-    inputs = images.design.inputs
-    program = jax.jit(
-        fast(lambda arrays, pixels: eqx.combine(arrays, fixed).features(inputs(pixels), **how))
-    )
+    model = batch_norm.use_running_average(model)
     rows, found = np.arange(int(np.sum(images.count))), []
     for first in range(0, len(rows), batch):
         some = rows[first : first + batch]
         # The last batch is filled up, so that there is one program.
-        features = program(arrays, pixels_of(images, np.resize(some, min(batch, len(rows)))))
+        pixels = pixels_of(images, np.resize(some, min(batch, len(rows))))
+        features = program.call(_features, model, images.design, how, pixels)
         found.append(np.asarray(features)[: len(some)])
         if watch is not None:
             watch(first + len(some))
     return np.concatenate(found)
+
+
+def _features(model: Any, design: Design, how: dict[str, int], pixels: PyTree) -> Array:
+    return fast(lambda model, x: model.features(x, **how))(model, design.inputs(pixels))
 
 
 def pixels_of(images: Episodes | StreamedEpisodes, rows: Int[np.ndarray, "*any"]) -> PyTree:
@@ -360,21 +362,18 @@ class _Recipe:
 
 
 def _program(
-    recipe: _Recipe,
-    fixed: PyTree,
-    images: Episodes | StreamedEpisodes,
-    key: PRNGKeyArray,
-    mesh: Mesh | None,
+    recipe: _Recipe, design: Design, mesh: Mesh | None
 ) -> Callable[[PyTree, State], tuple[State, dict[str, Array]]]:
-    """A chunk of steps as one compiled program of (bank, (rows or pixels, labels)) and state."""
-    optimizer, inputs = recipe.optimizer(), images.design.inputs
+    """A chunk of steps, of (bank, what is not trained, key, (rows or pixels, labels)) and state."""
+    optimizer, inputs = recipe.optimizer(), design.inputs
 
-    @fast
-    def loss(trained: PyTree, x: Array, y: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
-        return recipe.loss(roles.fresh(eqx.combine(trained, fixed), key), x, y)
+    def step(given: PyTree, state: State, loaded: PyTree) -> tuple[State, dict[str, Array]]:
+        (bank, fixed, key), (pixels, y) = given, loaded
 
-    def step(bank: Array | None, state: State, loaded: PyTree) -> tuple[State, dict[str, Array]]:
-        pixels, y = loaded
+        @fast
+        def loss(trained: PyTree, x: Array, y: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
+            return recipe.loss(roles.fresh(eqx.combine(trained, fixed), key), x, y)
+
         if bank is not None:
             pixels = bank[pixels]
         step_key = jax.random.fold_in(key, state.step)
@@ -391,36 +390,34 @@ def _program(
         model = eqx.combine(optax.apply_updates(weights, updates), running)
         return State(state.step + 1, model, opt_state), {"loss": value, "accuracy": accuracy}
 
-    @eqx.filter_jit(donate="all-except-first")
-    def program(given: PyTree, state: State) -> tuple[State, dict[str, Array]]:
-        bank, loaded = given
-        return jax.lax.scan(lambda carry, each: step(bank, carry, each), state, loaded)
+    def steps(given: PyTree, state: State) -> tuple[State, dict[str, Array]]:
+        *given, loaded = given
+        return jax.lax.scan(lambda carry, each: step(given, carry, each), state, loaded)
 
-    return program
+    return steps
 
 
 def _judge(
     fixed: PyTree, images: Episodes | StreamedEpisodes, order: _Order
 ) -> Callable[[PyTree], float | None]:
     """The accuracy on the images that are held out, by running statistics."""
-    inputs, held = images.design.inputs, order.held
-
-    def logits(trained: PyTree, pixels: Array) -> Array:
-        model = batch_norm.use_running_average(eqx.combine(trained, fixed))
-        return roles.apply(model, inputs(pixels))
-
-    program = jax.jit(fast(logits))
+    held = order.held
 
     def judge(trained: PyTree) -> float | None:
-        trained = _on_one_device(trained)
+        model = eqx.combine(_on_one_device(trained), fixed)
         right, size = 0, min(order.batch, len(held))
         for first in range(0, len(held), size or 1):
             rows = held[first : first + size]
-            said = np.asarray(program(trained, pixels_of(images, np.resize(rows, size))))
+            pixels = pixels_of(images, np.resize(rows, size))
+            said = np.asarray(program.call(_logits, model, images.design, pixels))
             right += int(np.sum(said.argmax(axis=-1)[: len(rows)] == order.labels[rows]))
         return right / len(held) if len(held) else None
 
     return judge
+
+
+def _logits(model: Model, design: Design, pixels: Array) -> Array:
+    return fast(roles.apply)(batch_norm.use_running_average(model), design.inputs(pixels))
 
 
 def _on_one_device(trained: PyTree) -> PyTree:

@@ -38,6 +38,7 @@ _INSTALLED = (
     *(str(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib")),
     str(Path(__file__).parent),
 )
+_PLAIN = frozenset((bool, int, str, bytes, type(None)))
 _SMALL = 2**16  # bytes of a NumPy array that are compared at every call
 
 _programs: OrderedDict[Hashable, _Program] = OrderedDict()
@@ -60,16 +61,16 @@ def call(function: Callable[..., Any], *args: Any, donate: Collection[int] = ())
     Variables that an argument has in several places (see `adaptax.roles`) are one input.
 
     Args:
-        function: pure.
+        function: pure; of a method of an `equinox.Module` the arrays are inputs, too.
         args: any pytrees.
         donate: positions of arguments whose memory the program may reuse.
     """
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((function, args))):
         return function(*args)
     args = tuple(map(roles.deduplicate, args))
-    parts = [jax.tree.flatten(arg) for arg in args]
+    parts = [jax.tree.flatten(arg) for arg in (function, *args)]
     program = _find(function, args, donate)
-    token = _given.set((function, parts))
+    token = _given.set(parts)
     try:
         if program.traceable:
             arrays = [[leaf for leaf in leaves if eqx.is_array(leaf)] for leaves, _ in parts]
@@ -98,18 +99,18 @@ class _Program:
         rest: list[Any] = []
 
         def traced(*arrays: list[Any]) -> list[Any]:
-            function, parts = _given.get()
-            args = []
-            for (leaves, structure), mine in zip(parts, arrays, strict=True):
-                now = iter(mine)
-                filled = [next(now) if eqx.is_array(leaf) else leaf for leaf in leaves]
-                args.append(jax.tree.unflatten(structure, filled))
+            filled = []
+            for (leaves, structure), mine in zip(_given.get(), arrays, strict=True):
+                own = iter(mine)
+                leaves = [next(own) if eqx.is_array(leaf) else leaf for leaf in leaves]
+                filled.append(jax.tree.unflatten(structure, leaves))
+            function, *args = filled
             found, structure = jax.tree.flatten(function(*args))
             rest[:] = structure, [None if eqx.is_array(leaf) else (leaf,) for leaf in found]
             return [leaf for leaf in found if eqx.is_array(leaf)]
 
         traced.__name__ = traced.__qualname__ = name
-        self.run, self._rest = jax.jit(traced, donate_argnums=tuple(donate)), rest
+        self.run, self._rest = jax.jit(traced, donate_argnums=[1 + i for i in donate]), rest
 
     def result(self, arrays: list[Any]) -> Any:
         """What the function returned."""
@@ -124,12 +125,8 @@ def _find(function: Callable[..., Any], args: Any, donate: Collection[int]) -> _
     look = _Look()
     name = getattr(function, "__qualname__", "call").replace("<locals>", "")
     try:
-        key = (
-            look(function),
-            look(args, traced=True),
-            tuple(donate),
-            jax.dtypes.canonicalize_dtype(float),
-        )
+        precision = jax.dtypes.canonicalize_dtype(float)
+        key = look((function, args), traced=True), tuple(donate), precision
         hash(key)
     except (TypeError, RecursionError):  # not hashable: is the next one equal? No telling.
         return _Program(name, donate, [])
@@ -146,9 +143,9 @@ def _find(function: Callable[..., Any], args: Any, donate: Collection[int]) -> _
 
 
 class _Same:
-    """An object compared by identity, and not kept alive."""
+    """An object compared by identity, and not kept alive if that can be."""
 
-    def __init__(self, ref: weakref.ref[Any], number: int):
+    def __init__(self, ref: Callable[[], Any], number: int):
         self.ref, self.number = ref, number
 
     def __hash__(self) -> int:
@@ -167,10 +164,13 @@ class _Look:
 
     def __init__(self) -> None:
         self.alive: list[weakref.ref[Any]] = []
+        self._owner: list[weakref.ref[Any]] = []  # the function whose variables are looked at
         self._seen: dict[int, int] = {}
 
     def __call__(self, x: Any, traced: bool = False) -> Hashable:
         kind: Any = type(x)
+        if kind in _PLAIN:
+            return kind, x
         if issubclass(kind, eqx.Module):
             # Past Equinox's own way to attributes, which is slow.
             fields, own = kind.__dataclass_fields__, object.__getattribute__(x, "__dict__")
@@ -178,79 +178,102 @@ class _Look:
                 self(own.get(name), traced and not field.metadata.get("static", False))
                 for name, field in fields.items()
             )
+        if kind in (tuple, list) or (issubclass(kind, tuple) and hasattr(x, "_fields")):
+            return kind, *(self(item, traced) for item in x)
+        if kind is set or kind is frozenset:
+            return kind, frozenset(self(item) for item in x)
+        if kind is dict:
+            return kind, *((self(k), self(v, traced)) for k, v in x.items())
         if isinstance(x, jax.core.Tracer):
             raise TypeError("a traced array, which is gone after its program is made")
         if eqx.is_array(x):
             if traced:
                 return kind is np.ndarray, x.shape, x.dtype, getattr(x, "weak_type", False)
             if isinstance(x, jax.Array):
+                self.alive += self._owner
                 return self._same(x)
             if x.nbytes > _SMALL or x.dtype.hasobject:
                 raise TypeError("a large NumPy array, which may change")
             return x.shape, x.dtype, x.tobytes()
-        if kind in (float, complex):
+        if kind is float or kind is complex:
             return kind, repr(x)  # which tells 0.0 from −0.0
-        if x is None or kind in (bool, int, str, bytes):
-            return kind, x
-        if kind in (tuple, list) or (isinstance(x, tuple) and hasattr(x, "_fields")):
-            return kind, *(self(item, traced) for item in x)
-        if kind is dict:
-            return kind, *((self(k), self(v, traced)) for k, v in x.items())
+        if kind is types.FunctionType:
+            return self._once(x, self._function)
+        if issubclass(kind, type):
+            return self._once(x, self._class) if _own(x.__module__) else x
         if isinstance(x, functools.partial):
             traced = traced and isinstance(x, jax.tree_util.Partial)
             return kind, self(x.func), self(x.args, traced), self(x.keywords, traced)
-        if kind is types.FunctionType:
-            return self._function(x)
         if kind is types.MethodType:
             return kind, self(x.__func__), self(x.__self__)
-        if isinstance(x, type):
-            return self._once(x, lambda: (self._same(x), *map(self._function, _methods(x))))
-        if kind is types.ModuleType:
-            return x
         if dataclasses.is_dataclass(x) and kind.__eq__ is not object.__eq__:
             return kind, *(self(getattr(x, f.name)) for f in dataclasses.fields(x))
         if (node := jax.tree_util.default_registry.flatten_one_level(x)) is not None:
             return kind, self(node[1]), *(self(child, traced) for child in node[0])
-        if kind.__eq__ is not object.__eq__:
+        if kind.__eq__ is not object.__eq__ and _hashable(x):
             return kind, x
         if type(kind.__dict__.get("__call__")) is types.FunctionType and hasattr(x, "__dict__"):
-            return self._once(x, lambda: (self._same(x), self(dict(vars(x)))))
+            return self._once(x, self._callable)
         return self._same(x)
 
     def _function(self, f: types.FunctionType) -> Hashable:
         """The code of a function and the variables that it reads."""
+        code, installed = f.__code__, _installed(f.__code__.co_filename)
+        if installed and f.__closure__ is None and f.__qualname__ == f.__name__:
+            return f
+        reads, writes = _variables(code, code.co_filename)
+        cells = zip(code.co_freevars, f.__closure__ or (), strict=True)
+        seen = [_content(cell) for name, cell in cells if name not in writes]
+        seen += [f.__globals__.get(name) for name in reads]
+        seen += [item for item in vars(f).items() if item[0] not in writes]
+        owner, self._owner = self._owner, [weakref.ref(f)]
+        defaults = self(f.__defaults__), self(f.__kwdefaults__)
+        key = code, f.__module__, defaults, *(self._variable(v, f, installed) for v in seen)
+        self._owner = owner
+        return key
 
-        def parts() -> Hashable:
-            code = f.__code__
-            reads, writes = _variables(code, code.co_filename)
-            cells = zip(code.co_freevars, f.__closure__ or (), strict=True)
-            seen = [_content(cell) for name, cell in cells if name not in writes]
-            seen += [f.__globals__.get(name) for name in reads]
-            defaults = self(f.__defaults__), self(f.__kwdefaults__)
-            return code, f.__module__, defaults, *map(variable, seen)
+    def _callable(self, x: Any) -> Hashable:
+        """An object, and its attributes."""
+        code = type(x).__call__.__code__
+        _, writes = _variables(code, code.co_filename)
+        seen = [value for name, value in vars(x).items() if name not in writes]
+        return self._same(x), *(self._variable(v, x, _installed(code.co_filename)) for v in seen)
 
-        def variable(value: Any) -> Hashable:
-            # Not by what it holds: a list that tracing appends to is no reason to compile again.
-            if type(value) in (list, dict, set) and not _installed(f.__code__.co_filename):
-                return self._same(f), id(value)
-            return self(value)
+    def _variable(self, value: Any, owner: Any, installed: bool) -> Hashable:
+        # Not by what it holds: a list that tracing appends to is no reason to compile again.
+        if type(value) in (list, dict, set) and not installed:
+            return self._same(owner), id(value)
+        return self(value)
 
-        return self._once(f, parts)
+    def _class(self, kind: type) -> Hashable:
+        """A class of the user's, and the variables that its methods read."""
+        members = [m for c in kind.__mro__ if _own(c.__module__) for m in vars(c).values()]
+        functions = [getattr(m, "fget", getattr(m, "__func__", m)) for m in members]
+        own = [f for f in functions if isinstance(f, types.FunctionType)]
+        return self._same(kind), *(self._once(f, self._function) for f in own)
 
-    def _once(self, x: Any, look: Callable[[], Hashable]) -> Hashable:
+    def _once(self, x: Any, look: Callable[[Any], Hashable]) -> Hashable:
         """What `look` gives; where x was met before, on the way to itself too, its number."""
         if id(x) in self._seen:
             return _Same, self._seen[id(x)]
         self._seen[id(x)] = len(self._seen)
-        return look()
+        return look(x)
 
     def _same(self, x: Any) -> Hashable:
         try:
             ref = weakref.ref(x)
-        except TypeError:  # a number of another library, say
-            return type(x), x
+        except TypeError:  # it has slots, or is of another language
+            return _Same(lambda: x, id(x))
         self.alive.append(ref)
         return _Same(ref, id(x))
+
+
+def _hashable(x: Any) -> bool:
+    try:
+        hash(x)
+    except TypeError:
+        return False
+    return True
 
 
 def _content(cell: types.CellType) -> Any:
@@ -260,6 +283,7 @@ def _content(cell: types.CellType) -> Any:
         return _content
 
 
+@functools.lru_cache(4096)
 def _installed(file: str) -> bool:
     """Whether code comes from an installed package, whose variables stay as they are."""
     return file.startswith(_INSTALLED)
@@ -267,7 +291,7 @@ def _installed(file: str) -> bool:
 
 @functools.lru_cache(4096)
 def _variables(code: types.CodeType, file: str) -> tuple[list[str], set[str]]:
-    """Global variables that code reads and does not write, and variables of others it writes."""
+    """Global variables that code reads and does not write; other names that it writes to."""
     if _installed(file):
         return [], set()
     codes, found = [code], []
@@ -276,14 +300,7 @@ def _variables(code: types.CodeType, file: str) -> tuple[list[str], set[str]]:
         found += [(i.opname, i.argval) for i in dis.get_instructions(one)]
     named = lambda *kinds: [name for kind, name in dict.fromkeys(found) if kind in kinds]  # noqa: E731
     reads, writes = named("LOAD_GLOBAL", "LOAD_NAME"), named("STORE_GLOBAL")
-    return [name for name in reads if name not in writes], set(named("STORE_DEREF"))
-
-
-def _methods(kind: type) -> list[types.FunctionType]:
-    """The methods of a class that are the user's code."""
-    members = [m for c in kind.__mro__ if _own(c.__module__) for m in vars(c).values()]
-    functions = [getattr(m, "fget", getattr(m, "__func__", m)) for m in members]
-    return [f for f in functions if isinstance(f, types.FunctionType)]
+    return [name for name in reads if name not in writes], set(named("STORE_DEREF", "STORE_ATTR"))
 
 
 @functools.lru_cache(4096)

@@ -82,7 +82,10 @@ class Run:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Let go of it."""
+        """Let go of it, every file closed."""
+        if self._events is not None:
+            self._events.close()
+            self._events = None
         if self._release is not None:
             self._release()
             self._release = None
@@ -180,15 +183,21 @@ class Run:
         """Append a record to the metrics and to the TensorBoard events."""
         with self.metrics_file.open("a") as file:
             file.write(_line(record))
-        if self._events is None:
-            from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
 
-            self._events = SummaryWriter(str(self.path))
+        if self._events is None:
+            # Not a SummaryWriter, whose threads and pipes stay, and which has words at exit. By the
+            # step, as a run that is resumed within a second would write over its events.
+            prefix, suffix = str(self.path / "events"), f".{record['step']}"
+            self._events = EventsWriter(prefix, suffix)
         flat = {k: v for k, v in record.items() if k not in ("step", "validation")}
         flat |= {f"validation/{k}": v for k, v in record.get("validation", {}).items()}
         for name, value in flat.items():
             if math.isfinite(value):  # others have no place in a plot
-                self._events.add_scalar(name, value, record["step"])
+                values = {"step": record["step"], "summary": scalar(name, value)}
+                self._events.write_event(Event(wall_time=time.time(), **values))
         self._events.flush()
 
     def metrics(self) -> list[dict[str, Any]]:

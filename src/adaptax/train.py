@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from . import feed, io, roles, tree
+from . import feed, io, program, roles, tree
 from .conv import FastPath
 from .divergence import Cause, diagnose
 from .evaluate import Evaluator
@@ -235,7 +235,7 @@ def fit(
         state, history = run.begin(state, plan, resume)
     # Once, and not at every call of the program: the bank of images may be large.
     state, tasks, given_fixed = everywhere((state, tasks, fixed), mesh)
-    program = _program(fast_learner, optimizer, outer, meta_batch, steps, mapping, mesh)
+    steps_of = _program(fast_learner, optimizer, outer, meta_batch, steps, mapping, mesh)
 
     def outcome(stopped: str) -> Result:
         last, now = roles.reshare(eqx.combine(state.meta, fixed)), int(state.step)
@@ -264,9 +264,11 @@ def fit(
     with interruptible() as interrupted:
         for start, end, loaded in feed.prefetch(tasks, jobs):
             began = time.perf_counter()
-            state_arrays, good, logs = program(
+            state_arrays, good, logs = program.call(
+                steps_of,
                 (tasks, loaded, learner_key, given_fixed),
                 (state.step, state.meta, state.opt_state),
+                donate=[1],
             )
             step, trained, opt_state = state_arrays
             state = dataclasses.replace(state, step=step, meta=trained, opt_state=opt_state)
@@ -360,10 +362,10 @@ def _program(
     mapping: Mapping,
     mesh: Mesh | None,
 ) -> Callable[..., Any]:
-    """A chunk of meta-steps as one compiled program.
+    """A chunk of meta-steps as one function.
 
     A step that is not finite does not change the state, and neither do those after it: the
-    program ends with the last good state.
+    function ends with the last good state.
     """
 
     def descend(given: PyTree, state: PyTree, loaded: PyTree) -> Any:
@@ -406,8 +408,7 @@ def _program(
         kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), (state[0] + 1, *new), state)
         return (kept, good), logs
 
-    @eqx.filter_jit(donate="all-except-first")
-    def program(
+    def meta_steps(
         given: tuple[TaskDistribution, PyTree, PRNGKeyArray, PyTree], state: PyTree
     ) -> tuple[PyTree, Array, dict[str, Array]]:
         tasks, loaded, key, fixed = given
@@ -418,7 +419,7 @@ def _program(
         )
         return state, good, logs
 
-    return program
+    return meta_steps
 
 
 def _judge(
@@ -456,6 +457,13 @@ def _is_heavy(learner: MetaLearner, meta: Meta, tasks: TaskDistribution, key: PR
     if jax.default_backend() != "cpu":
         return True
     loaded = feed.load(tasks, key, jnp.zeros(1, jnp.uint32))
+    return program.call(_alone, learner, meta, tasks, loaded, key)
+
+
+def _alone(
+    learner: MetaLearner, meta: Meta, tasks: TaskDistribution, loaded: PyTree, key: PRNGKeyArray
+) -> bool:
+    """Whether tasks are better done one after another."""
     trained, fixed = eqx.partition(meta, learner.trained(meta))
 
     def one(loaded: PyTree, trained: PyTree) -> Any:

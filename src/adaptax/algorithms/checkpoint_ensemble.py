@@ -35,6 +35,10 @@ class CheckpointEnsemble(MetaLearner):
     loss: Loss = eqx.field(static=True)
     learner: MetaLearner
 
+    def check_support(self, meta: Meta, support: Any, *, key: PRNGKeyArray) -> None:
+        """As the learner checks it."""
+        self.learner.check_support(tree.at(meta, 0), support, key=key)
+
     def adapt(self, meta: Meta, support: Source, *, key: PRNGKeyArray) -> Model:
         """The mean of the checkpoints that have learnt from the support."""
         return self._each(meta, lambda meta: self._inner.adapt(meta, support, key=key), 0)

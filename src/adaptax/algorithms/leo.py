@@ -195,9 +195,7 @@ class LEO(MetaLearner):
             "finetune_lr": jnp.full(networks.rates, self.finetune_lr),
         }
 
-    def check(
-        self, meta: Meta, support: Source, *, key: PRNGKeyArray, steps: int | None = None
-    ) -> None:
+    def check_support(self, meta: Meta, support: Any, *, key: PRNGKeyArray) -> None:
         """Raise for a support that is not finite, or whose classes have not equally many."""
         meta["networks"].features(support.draw(None, key))
 

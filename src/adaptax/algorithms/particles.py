@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from .. import roles, tree
+from .. import program, roles, tree
 from ..learner import Ensemble
 from ..task import Batch, Model, Source
 
@@ -41,19 +41,7 @@ def around(
     mask = roles.trained(model) if differ is None else differ
     arrays, shared = eqx.partition(model, mask)
 
-    def draw(path: str, leaf: Array, noise: Array) -> Array:
-        if not (train_only or tree.every)(path):
-            return jnp.broadcast_to(leaf, (count, *leaf.shape))
-        mean, std = jnp.mean(leaf), jnp.std(leaf)
-        others = mean + math.sqrt(1 - spread**2) * (leaf - mean) + spread * std * noise
-        return jnp.concatenate([leaf[None], others])
-
-    @eqx.filter_jit
-    def draw_all(arrays: PyTree, key: PRNGKeyArray) -> PyTree:
-        tiled = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count - 1, *leaf.shape)), arrays)
-        return jax.tree.map(draw, tree.paths(arrays), arrays, tree.noise_like(key, tiled))
-
-    drawn = draw_all(arrays, key)
+    drawn = program.call(_draw, arrays, count, spread, key, train_only)
     leaves = jax.tree.leaves(drawn)
     known = count > 1 and not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
     if known and all(jnp.array_equal(leaf[0], leaf[1]) for leaf in leaves):
@@ -62,6 +50,24 @@ def around(
             "nothing tells how far apart to start; start from an Ensemble of models instead"
         )
     return Ensemble(drawn, shared)
+
+
+def _draw(
+    arrays: PyTree,
+    count: int,
+    spread: float,
+    key: PRNGKeyArray,
+    train_only: tree.Predicate | None,
+) -> PyTree:
+    def draw(path: str, leaf: Array, noise: Array) -> Array:
+        if not (train_only or tree.every)(path):
+            return jnp.broadcast_to(leaf, (count, *leaf.shape))
+        mean, std = jnp.mean(leaf), jnp.std(leaf)
+        others = mean + math.sqrt(1 - spread**2) * (leaf - mean) + spread * std * noise
+        return jnp.concatenate([leaf[None], others])
+
+    tiled = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count - 1, *leaf.shape)), arrays)
+    return jax.tree.map(draw, tree.paths(arrays), arrays, tree.noise_like(key, tiled))
 
 
 def check(count: int, spread: float) -> None:

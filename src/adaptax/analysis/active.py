@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -203,12 +204,16 @@ def active_learning(
     chunk = size * min(math.ceil(episodes / size), 100 if size == 1 else 20)
     labels = list(range(held, held + queries + 1, at_once))
 
-    @eqx.filter_jit
-    def shuffle(game: _Game, loaded: PyTree, keys: Array) -> tuple[Array, Array]:
-        return jax.vmap(lambda *one: game.shuffle(*one))(loaded, keys)
+    # Programs of this call alone: there may be more numbers of labels than programs are kept.
+    arrays, rest = eqx.partition(game, eqx.is_array)
 
-    @eqx.filter_jit
-    def play(game: _Game, count: int, loaded: PyTree, keys: Array, orders: Array) -> Any:
+    @jax.jit
+    def shuffle(arrays: PyTree, loaded: PyTree, keys: Array) -> tuple[Array, Array]:
+        return jax.vmap(eqx.combine(arrays, rest).shuffle)(loaded, keys)
+
+    @partial(jax.jit, static_argnums=0)
+    def play(count: int, arrays: PyTree, loaded: PyTree, keys: Array, orders: Array) -> Any:
+        game = eqx.combine(arrays, rest)
         one = lambda xs: game.play(count, count < labels[-1], informed, *xs)  # noqa: E731
         return jax.lax.map(one, (loaded, keys, orders), batch_size=None if size == 1 else size)
 
@@ -221,7 +226,7 @@ def active_learning(
     parts = []
     jobs = (lambda begin=begin: load(begin) for begin in range(0, episodes, chunk))
     for loaded, keys in feed.prefetch(tasks, jobs):
-        order, fewest = shuffle(game, loaded, keys)
+        order, fewest = shuffle(arrays, loaded, keys)
         if int(fewest.min()) < start:
             raise ValueError(
                 f"a pool has {int(fewest.min())} examples of one of the {facts.way} classes that "
@@ -231,7 +236,7 @@ def active_learning(
         orders = jnp.repeat(order[:, None], len(informed), axis=1)
         rounds = []
         for count in labels:
-            scores, orders = play(game, count, loaded, keys, orders)
+            scores, orders = play(count, arrays, loaded, keys, orders)
             rounds.append(jax.tree.map(np.asarray, scores))
         by_round = jax.tree.map(lambda *each: np.stack(each, axis=-1), *rounds)
         parts.append((by_round, np.asarray(orders)[..., : labels[-1]]))

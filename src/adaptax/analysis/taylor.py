@@ -15,7 +15,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from .. import feed, io, roles, tree
+from .. import feed, io, program, roles, tree
 from ..algorithms.maml import MAML
 from ..algorithms.reptile import Reptile
 from ..learner import MetaLearner
@@ -156,7 +156,7 @@ def taylor_coefficients(
     drawn = None if every else orderings
     firsts, inners, means = (
         np.asarray(part, np.float64)
-        for part in _measure(learner, model, tasks, loaded, keys, rate, n, drawn)
+        for part in program.call(_measure, learner, model, tasks, loaded, keys, rate, n, drawn)
     )
     predicted = [predicted_coefficients(learner, r, model) for r in rates]
     known = None if predicted[0] is None else np.array(predicted, float)
@@ -235,7 +235,6 @@ def _count(learner: MetaLearner, minibatches: int | None) -> int:
     return n
 
 
-@eqx.filter_jit
 def _measure(
     learner: MetaLearner,
     model: Model,

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax
 from jaxtyping import Array, PyTree
 from matplotlib.figure import Figure
@@ -291,7 +290,7 @@ def adapt_and_predict(
     transductive: bool,
     count: int | None = None,
 ) -> Array:
-    """Predictions for queries, as one compiled program.
+    """Predictions for queries.
 
     Args:
         experiment: of the run.
@@ -311,12 +310,8 @@ def adapt_and_predict(
     if count is not None and count != experiment.way:
         learner = dataclasses.replace(learner, loss=of_these)
 
-    @eqx.filter_jit
-    def program(meta: Meta, support: Batch, x: PyTree) -> Array:
-        model = learner.adapt(meta, support, key=jax.random.key(0))
-        return predict(model, x, support.x, transductive=transductive)[..., :count]
-
-    return program(meta, support, x)
+    model = learner.adapt(meta, support, key=jax.random.key(0))
+    return predict(model, x, support.x, transductive=transductive)[..., :count]
 
 
 def copy_start(start: Path, path: Path) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def frames(
     goals = np.asarray(jax.vmap(lambda key: env.sample_task(jax.random.split(key, 3)[0]))(keys))
     picked = np.array([goals.argmin(), goals.argmax()])
     bodies, rewards, alive = jax.tree.map(
-        np.asarray, eqx.filter_jit(lambda keys: jax.lax.map(walk, keys))(keys[picked])
+        np.asarray, jax.jit(lambda keys: jax.lax.map(walk, keys))(keys[picked])
     )
     times = np.linspace(0, tasks.horizon - 1, shown).round().astype(int)
     figure, axes = canvas(4, shown, (1.55, 1.15), sharey=True)

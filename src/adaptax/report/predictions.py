@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .. import program
 from ..learner import Meta, MetaLearner
-from ..task import Batch, Task, TaskDistribution
+from ..task import Batch, Model, Task, TaskDistribution
 from .style import COLOURS, canvas, styled
 
 GRID = 200
@@ -66,7 +67,7 @@ def adaptations(
         key: names the task.
         steps: numbers of adaptation steps to draw predictions after.
     """
-    task = eqx.filter_jit(tasks.sample)(key)
+    task = program.call(tasks.sample, key)
     size = (4.6, 3.2) if len(learners) == 1 else (3.1, 2.9)
     figure, axes = canvas(1, len(learners), size, sharey=True)
     for ax, (title, (learner, meta)) in zip(axes[0], learners.items()):
@@ -230,11 +231,11 @@ def _predictions(
 ) -> tuple[np.ndarray, int]:
     """Predictions `(steps, [particles,] n, 1)` after every step, and how many there are."""
 
-    @eqx.filter_jit
-    def program(meta: Meta, task: Task, x: Array) -> Array:
-        path = learner.iterates(meta, task.support, key=key, steps=steps)
-        arrays, rest = eqx.partition(path, eqx.is_array)
-        return jax.lax.map(lambda one: eqx.combine(one, rest)(x), arrays)
-
-    predictions = np.asarray(program(meta, task, jnp.asarray(x)))
+    path = learner.iterates(meta, task.support, key=key, steps=steps)
+    predictions = np.asarray(program.call(_along, path, jnp.asarray(x)))
     return predictions, len(predictions)
+
+
+def _along(path: Model, x: Array) -> Array:
+    arrays, rest = eqx.partition(path, eqx.is_array)
+    return jax.lax.map(lambda one: eqx.combine(one, rest)(x), arrays)

@@ -118,9 +118,7 @@ def trajectories(
             batch = jax.tree.map(lambda leaf: leaf[:, None], batch)
         return batch, task.query.task
 
-    batch, places = jax.tree.map(
-        np.asarray, eqx.filter_jit(jax.vmap(walk))(jax.random.split(key, goals))
-    )
+    batch, places = jax.tree.map(np.asarray, jax.jit(jax.vmap(walk))(jax.random.split(key, goals)))
     figure, axes = canvas(2, goals, (2.1, 2.2), sharex=True, sharey=True)
     alive = batch.y.mask.astype(bool)
     seen = np.where(alive[..., None], batch.x[..., :2], np.nan)[:, :, :, :shown]

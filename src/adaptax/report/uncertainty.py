@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,10 +16,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from .. import program
 from ..analysis.active import ActiveCurves
 from ..evaluate import learned_noise, predict
 from ..learner import Meta, MetaLearner
-from ..task import Batch, HostTaskDistribution, Model, Source, Task, TaskDistribution
+from ..task import Batch, HostTaskDistribution, Model, Task, TaskDistribution
 from ..tasks import score_readings
 from .style import COLOURS, MARKERS, METRICS, canvas, scale, styled
 
@@ -70,7 +70,6 @@ def sampled_functions(
     if not 0 < level < 1:
         raise ValueError(f"level is between 0 and 1, not {level}")
     figure, axes = canvas(rows, len(learners), (2.9, 2.2), sharex=True, sharey="row")
-    programs = [_program(learner) for learner, _ in learners.values()]
     for row, own in zip(axes, jax.random.split(key, rows)):
         task = _sample(tasks, own)
         if task.support.x.shape[1:] != (1,) or task.support.y.shape[1:] != (1,):
@@ -82,8 +81,8 @@ def sampled_functions(
         known = [np.asarray(task.support.y)]
         if hasattr(tasks, "function"):
             known.append(np.asarray(tasks.function(own)(jnp.asarray(x))))
-        for ax, program, (_, meta) in zip(row, programs, learners.values()):
-            model, f = program(meta, task.support, x, own)
+        for ax, (learner, meta) in zip(row, learners.values()):
+            model, f = _predictions(learner, meta, task.support, x, own)
             f = f if f.ndim == 3 else f[None]
             low, high = _interval(f[..., 0], _noise(model, noise), level)
             ax.fill_between(x[:, 0], low, high, color=COLOURS[5], alpha=0.3, linewidth=0, zorder=1)
@@ -142,7 +141,6 @@ def decision_boundaries(
     """
     _demand(learners, rows)
     figure, axes = canvas(rows, len(learners), (2.7, 2.5), sharex=True, sharey=True)
-    programs = [_program(learner) for learner, _ in learners.values()]
     shade: Any = None
     for row, own in zip(axes, jax.random.split(key, rows)):
         task = _sample(tasks, own)
@@ -153,8 +151,8 @@ def decision_boundaries(
             )
         sides = _sides(task, SIDE)
         x = np.stack(np.meshgrid(*sides), axis=-1).reshape(-1, 2)
-        for ax, program, (_, meta) in zip(row, programs, learners.values()):
-            _, logits = program(meta, task.support, x, own)
+        for ax, (learner, meta) in zip(row, learners.values()):
+            _, logits = _predictions(learner, meta, task.support, x, own)
             if logits.shape[-1] != 2:
                 raise ValueError(
                     f"decision boundaries are drawn of two classes, not {logits.shape[-1]}"
@@ -237,7 +235,7 @@ def attribute_sheet(
             "an attribute sheet wants images (n, height, width, channels), of support and of "
             f"queries, not {task.support.x.shape} and {task.query.x.shape}"
         )
-    _, logits = _program(learner)(meta, task.support, task.query.x, key)
+    _, logits = _predictions(learner, meta, task.support, task.query.x, key)
     logits = logits if logits.ndim == 3 else logits[None]
     score = score_readings(jnp.asarray(logits), jnp.asarray(task.query.y), len(readings))
     y = np.asarray(task.query.y)
@@ -389,26 +387,19 @@ class _Sheet:
         return reading * each + np.flatnonzero(self._labels[mine] == label)[: self.width]
 
 
-def _program(learner: MetaLearner) -> Any:
-    """Adapts and predicts: the model, and its predictions, leading with particles if any."""
-
-    @eqx.filter_jit
-    def program(meta: Meta, support: Source, x: Array, key: PRNGKeyArray) -> tuple[Model, Array]:
-        model = learner.adapt(meta, support, key=key)
-        seen = support.draw(model, key)
-        return model, predict(model, x, seen.x, transductive=True)
-
-    def run(meta: Meta, support: Batch, x: Any, key: PRNGKeyArray) -> tuple[Model, np.ndarray]:
-        model, predictions = program(meta, support, jnp.asarray(x, support.x.dtype), key)
-        return model, np.asarray(predictions)
-
-    return run
+def _predictions(
+    learner: MetaLearner, meta: Meta, support: Batch, x: Any, key: PRNGKeyArray
+) -> tuple[Model, np.ndarray]:
+    """An adapted model, and its predictions, leading with particles if any."""
+    model = learner.adapt(meta, support, key=key)
+    x = jnp.asarray(x, support.x.dtype)
+    return model, np.asarray(predict(model, x, support.x, transductive=True))
 
 
 def _sample(tasks: TaskDistribution, key: PRNGKeyArray) -> Task:
     if isinstance(tasks, HostTaskDistribution):
         return tasks.sample(key)
-    return eqx.filter_jit(tasks.sample)(key)
+    return program.call(tasks.sample, key)
 
 
 def _noise(model: Model, noise: float | str) -> Float[np.ndarray, " _"]:

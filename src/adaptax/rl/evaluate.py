@@ -6,16 +6,17 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, PRNGKeyArray
 
-from .. import io, metrics, roles, tree
+from .. import io, metrics, program, roles, tree
 from ..learner import Meta, MetaLearner
 from ..mapping import everywhere, local_mesh, map_over
 from ..task import episode_key
@@ -163,12 +164,13 @@ class Evaluator:
         self.tasks = dataclasses.replace(tasks, trajectories=trajectories)
         self.goals, self.steps, self.lr, self.batch = goals, steps, lr, batch
         self._mesh = local_mesh(goals)
-        self._program: Callable[..., Any] = eqx.filter_jit(self._all)
 
     def __call__(self, meta: Meta, *, key: PRNGKeyArray) -> Returns:
         """Returns on the tasks that `key` names."""
         meta = everywhere(roles.deduplicate(meta), self._mesh)
-        values, sound = jax.tree.map(np.asarray, self._program(meta, key))
+        how = self.goals, self.steps, self.batch, self._mesh
+        found = program.call(_all, self.learner, self.tasks, meta, key, *how)
+        values, sound = jax.tree.map(np.asarray, found)
         wrong = sound & ~np.isfinite(values)
         if wrong.any():
             raise ValueError(
@@ -188,17 +190,24 @@ class Evaluator:
             protocol["inner_lr"] = list(self.lr)
         return Returns(protocol, values)
 
-    def _all(self, meta: Meta, key: PRNGKeyArray) -> tuple[Array, Array]:
-        each = lambda i: self._task(meta, episode_key(self.tasks.split, key, i), i)  # noqa: E731
-        goals = jnp.arange(self.goals, dtype=jnp.uint32)
-        return map_over(each, goals, self.batch, self._mesh)
 
-    def _task(self, meta: Meta, key: PRNGKeyArray, i: Array) -> tuple[Array, Array]:
-        """Return, and whether the policy is finite, after every number of steps."""
-        task_key, adapt_key, judge_key = jax.random.split(key, 3)
-        meta = roles.fresh(meta, key)
-        task = self.tasks.episode(task_key, i)
-        path = self.learner.iterates(meta, task.support, key=adapt_key, steps=self.steps)
+def _all(
+    learner: MetaLearner,
+    tasks: Tasks,
+    meta: Meta,
+    key: PRNGKeyArray,
+    goals: int,
+    steps: int,
+    batch: int,
+    mesh: Mesh | None,
+) -> tuple[Array, Array]:
+    """Of every task, return and whether the policy is finite, after every number of steps."""
+
+    def one(i: Array) -> tuple[Array, Array]:
+        own = episode_key(tasks.split, key, i)
+        task_key, adapt_key, judge_key = jax.random.split(own, 3)
+        task = tasks.episode(task_key, i)
+        path = learner.iterates(roles.fresh(meta, own), task.support, key=adapt_key, steps=steps)
         arrays, rest = eqx.partition(path, eqx.is_array)
 
         def judge(arrays: Any) -> tuple[Array, Array]:
@@ -206,6 +215,8 @@ class Evaluator:
             return task.query.draw(policy, judge_key).y.total, tree.finite(policy)
 
         return jax.lax.map(judge, arrays)
+
+    return map_over(one, jnp.arange(goals, dtype=jnp.uint32), batch, mesh)
 
 
 def _with_rates(learner: MetaLearner, lr: Sequence[float]) -> MetaLearner:
@@ -217,6 +228,6 @@ def _with_rates(learner: MetaLearner, lr: Sequence[float]) -> MetaLearner:
         raise ValueError(
             f"{type(learner).__name__} has no step size to replace by lr={lr!r}; leave lr out"
         )
-    rates = jnp.array(lr)
-    schedule = lambda step: rates[jnp.minimum(step, len(lr) - 1)]  # noqa: E731
+    rates = tuple(lr)
+    schedule = lambda step: jnp.array(rates)[jnp.minimum(step, len(rates) - 1)]  # noqa: E731
     return dataclasses.replace(learner, inner_lr=schedule)  # type: ignore[call-arg]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32, PRNGKeyArray, Shaped
 
+from adaptax.program import call
 from adaptax.task import Batch, HostTaskDistribution, Task, TaskDistribution
 from adaptax.tasks.episodes import Design, Details, HostRows, distinct
 from adaptax.tasks.sources import DataError
@@ -158,7 +159,7 @@ class StreamedAttributeTasks(HostTaskDistribution):
 
     def fetch(self, plan: Int32[Array, "*lead images"]) -> Task:
         """On the host: gather planned tasks, `(..., 2K, ...)` for leading axes `...`."""
-        return _assemble(self.design, self.bank.take(np.asarray(plan)))
+        return call(_assemble, self.design, self.bank.take(np.asarray(plan)))
 
     def readings(self, key: PRNGKeyArray) -> tuple[Conjunction, ...]:
         """The attributes that each reading of the task asks for; not traceable."""
@@ -192,7 +193,6 @@ def _task(design: Design, images: Shaped[Array, "*lead images side side channels
     return Task(*batches)
 
 
-@partial(jax.jit, static_argnums=0)
 def _assemble(design: Design, images: Array) -> Task:
     return _task(design, images)
 

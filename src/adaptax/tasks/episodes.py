@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Int32, PRNGKeyArray, PyTree, Shaped
 
+from adaptax.program import call
 from adaptax.task import Batch, HostTaskDistribution, Task, TaskDistribution
 from adaptax.tasks.sources import DataError
 
@@ -246,14 +246,14 @@ class StreamedEpisodes(HostTaskDistribution):
 
     def fetch(self, plan: Plan) -> Task:
         """On the host: gather planned episodes, `(..., W·K, ...)` for leading axes `...`."""
-        return _assemble(self.design, self.bank.take(np.asarray(plan.rows)), plan.turns)
+        examples = self.bank.take(np.asarray(plan.rows))
+        return call(_assemble, self.design, examples, plan.turns)
 
     def describe(self) -> dict[str, Any]:
         """Name, ways, shots, queries, split, number of classes and details of the data."""
         return _describe(self)
 
 
-@partial(jax.jit, static_argnums=0)
 def _assemble(design: Design, examples: PyTree, turns: Array) -> Task:
     return design.task(examples, turns)
 
