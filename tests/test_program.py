@@ -88,7 +88,7 @@ def test_the_last_of_the_iterates_is_the_adapted_model():
     learner = ax.MAML(mse, 0.1, 3)
     path = learner.iterates(net(), batch(), key=KEY)
     with compilations() as compiled:
-        learner.iterates(net(), batch(1), key=KEY, steps=None)
+        learner.iterates(net(), batch(1), key=KEY)
     assert not compiled
     assert learner.iterates(net(), batch(), key=KEY, steps=2).head.weight.shape[0] == 3
     adapted = learner.adapt(net(), batch(), key=KEY)
@@ -137,6 +137,34 @@ def test_what_tracing_does_to_variables_is_no_reason_to_compile_again():
 
 
 # Changes are seen
+
+
+def test_models_of_flax_are_told_apart():
+    from flax import nnx
+
+    class Stack(nnx.Module):
+        def __init__(self, depth, tied, seed):
+            rngs = nnx.Rngs(seed)
+            self.layers = nnx.List([nnx.Linear(1, 1, rngs=rngs) for _ in range(depth)])
+            if tied:
+                self.layers[-1].kernel = self.layers[0].kernel
+
+        def __call__(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    def adapt(*which):
+        return ax.MAML(mse, 0.1).adapt(Stack(*which), batch(), key=KEY)
+
+    for depth, tied in ((2, False), (2, True), (3, True)):
+        adapt(depth, tied, 0)
+        with compilations() as compiled:
+            adapted = adapt(depth, tied, 1)
+        assert not [c for c in compiled if c["fun_name"] == "jit(_call)"]
+        kernels = [layer.kernel for layer in adapted.layers]
+        assert (kernels[0] is kernels[-1]) is tied
+    assert len(program._programs) == 3
 
 
 def test_a_variable_that_changes_is_seen():

@@ -206,10 +206,11 @@ class _Look:
             return kind, self(x.func), self(x.args, traced), self(x.keywords, traced)
         if kind is types.MethodType:
             return kind, self(x.__func__), self(x.__self__)
-        if dataclasses.is_dataclass(x) and kind.__eq__ is not object.__eq__:
-            return kind, *(self(getattr(x, f.name)) for f in dataclasses.fields(x))
         if (node := jax.tree_util.default_registry.flatten_one_level(x)) is not None:
             return kind, self(node[1]), *(self(child, traced) for child in node[0])
+        if dataclasses.is_dataclass(x) and kind.__eq__ is not object.__eq__:
+            own = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
+            return kind, self({**own, **getattr(x, "__dict__", {})})
         if kind.__eq__ is not object.__eq__ and _hashable(x):
             return kind, x
         if type(kind.__dict__.get("__call__")) is types.FunctionType and hasattr(x, "__dict__"):
@@ -219,6 +220,8 @@ class _Look:
     def _function(self, f: types.FunctionType) -> Hashable:
         """The code of a function and the variables that it reads."""
         code, installed = f.__code__, _installed(f.__code__.co_filename)
+        if "jaxtyping" in code.co_filename and hasattr(f, "__wrapped__"):
+            return self(f.__wrapped__)  # it checks types, by objects made for every function
         if installed and f.__closure__ is None and f.__qualname__ == f.__name__:
             return f
         reads, writes = _variables(code, code.co_filename)
