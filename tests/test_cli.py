@@ -23,9 +23,11 @@ from safetensors import safe_open
 
 import adaptax
 from adaptax.cli import ablation, commands, comparison, main, options
+from adaptax.cli.app import _share_cores
 from adaptax.cli.inspection import image_format, load
 from adaptax.cli.progress import Watcher, watching
 from adaptax.recipes import ALGORITHMS, RECIPES, TASKS, Experiment, bayesian, book, changed
+from adaptax.run import Run
 from adaptax.tasks import glyphs, images
 
 SINE = ["train", "maml", "sinusoid", "--steps", "20", "--episodes", "6", "--set",
@@ -330,6 +332,57 @@ def test_a_run_starts_from_another(sine_run, here, capsys):
     assert not (here / "other").exists()
 
 
+TINY_RUN = ["train", "maml", "sinusoid", "--steps", "4", "--episodes", "4", "--set",
+            "network.mlp=[8]", "--json"]  # fmt: skip
+
+
+def test_a_run_killed_before_its_first_checkpoint_goes_on(here, capsys):
+    words = [*TINY_RUN, "--run", "killed"]
+    assert main(words) == 0
+    run, result = Run("killed"), json.loads(capsys.readouterr().out)
+    whole = run.checkpoint_file.read_bytes()
+    for again in (words, ["train", "--resume", "killed", "--json"]):
+        run.checkpoint_file.unlink()
+        run.metrics_file.write_text("")
+        assert main(again) == 0
+        assert json.loads(capsys.readouterr().out)["result"] == result["result"]
+        assert run.checkpoint_file.read_bytes() == whole
+    run.metrics_file.unlink()  # a finished run without metrics
+    for again in (words, ["train", "--resume", "killed"], ["evaluate", "killed"]):
+        assert main(again) == 0
+
+
+def test_a_run_killed_while_its_start_is_copied_goes_on(sine_run, here, capsys):
+    words = ["train", "platipus", "sinusoid", "--init-from", str(sine_run), "--steps", "2",
+             "--episodes", "4", "--set", "network.mlp=[8]", "--run", "copied"]  # fmt: skip
+    assert main(words) == 0
+    whole = (here / "copied" / "checkpoint.safetensors").read_bytes()
+    for again in (words, ["train", "--resume", "copied"]):
+        (here / "copied" / "checkpoint.safetensors").unlink()
+        (here / "copied" / "init" / "checkpoint.safetensors").unlink()
+        (here / "copied" / ".init.copy").mkdir()
+        assert main(again) == 0
+        assert (here / "copied" / "checkpoint.safetensors").read_bytes() == whole
+        assert not (here / "copied" / ".init.copy").exists()
+
+
+def test_a_second_process_is_refused(here, capsys):
+    with Run("busy"):
+        assert main([*TINY_RUN, "--run", "busy"]) == 2
+    assert f"another process works on busy (process {os.getpid()} on" in capsys.readouterr().err
+    assert main([*TINY_RUN, "--run", "busy"]) == 0
+
+
+def test_a_run_goes_on_with_the_devices_it_began_with(sine_run, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    for words, count in ((["train", "--resume", str(sine_run)], jax.local_device_count()),
+                         (["train", f"--run={sine_run}"], jax.local_device_count()),
+                         (["train", "--run", "nowhere"], 3)):  # fmt: skip
+        _share_cores(words)
+        assert os.environ.pop("XLA_FLAGS") == f"--xla_force_host_platform_device_count={count}"
+
+
 def test_analyze_active(sine_run, here, capsys):
     words = ["analyze", "active", str(sine_run), "--labels", "2", "--pool", "4", "--episodes", "3",
              "--out", "game"]  # fmt: skip
@@ -447,8 +500,12 @@ def test_recipes_run(image_run, capsys, monkeypatch):
     assert result["hardware"]["backend"] == jax.default_backend()
     assert result["training"]["steps"] == 2
     monkeypatch.setitem(RECIPES, "tiny", TINY)
-    assert main(["recipes", "run", "tiny", "--run", str(image_run)]) == 2
-    assert "already holds a run" in capsys.readouterr().err
+    again = ["recipes", "run", "tiny", "--run", str(image_run), "--json"]
+    assert main(again) == 0  # goes on, with nothing to do
+    assert json.loads(capsys.readouterr().out)["result"] == result["result"]
+    assert main([*again, "--seed", "9"]) == 2
+    said = "already holds a run, with other settings (experiment['seed'] was"
+    assert said in " ".join(capsys.readouterr().err.split())
 
 
 def sentence(capsys):

@@ -100,7 +100,9 @@ def test_interrupted_and_resumed_is_uninterrupted(whole, tmp_path):
     assert strip(second.history) == strip(result.history)
     again = pretrain(network(), splits().train, **how, resume=True)
     assert again.accuracy == result.accuracy
-    with pytest.raises(ValueError, match=r"other settings: weight_decay was 0.0005 and is 0.1"):
+    with pytest.raises(
+        ValueError, match=r"other settings: recipe.weight_decay was 0.0005 and is 0.1"
+    ):
         pretrain(network(), splits().train, **how, resume=True, weight_decay=0.1)
     with pytest.raises(ValueError, match="already holds a run"):
         pretrain(network(), splits().train, **how)

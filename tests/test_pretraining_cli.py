@@ -139,8 +139,10 @@ def test_interrupted_and_resumed_is_uninterrupted(run, photos, here, capsys, mon
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-    assert main(words) == 2
-    assert "already holds a run" in capsys.readouterr().err
+    assert main(words) == 0  # goes on, with nothing to do
+    assert main([*words, "--rate", "0.7"]) == 2
+    said = "already holds a run, with other settings (training['rate'] was 0.1 and is 0.7)"
+    assert said in " ".join(capsys.readouterr().err.split())
 
 
 def configured(words, monkeypatch):

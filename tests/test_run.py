@@ -19,7 +19,7 @@ from adaptax.process import interruptible
 from adaptax.run import Run, differences
 
 STATE = {"step": jnp.array(6), "w": jnp.ones((3, 2)), "best": jnp.array([-jnp.inf, 1.0])}
-PLAN = {"steps": 12, "learner.inner_lr": 0.01}
+FACTS = {"plan": {"steps": 12, "learner.inner_lr": 0.01}}
 
 
 def process(code, *words, **how):
@@ -43,13 +43,13 @@ def test_one_process_on_a_folder(tmp_path):
         assert other.stdout.readline() == "held\n"
         said = rf"another process works on {tmp_path} \(process {other.pid} on .*\); wait for its"
         with pytest.raises(BlockingIOError, match=said):
-            Run(tmp_path).begin(STATE, PLAN, False)
+            Run(tmp_path).begin(STATE, FACTS, False)
         assert not (tmp_path / "metrics.jsonl").exists()
         other.kill()
     with Run(tmp_path) as run:  # the lock died with its process
         with pytest.raises(BlockingIOError, match=f"process {os.getpid()} on"):
-            Run(tmp_path).begin(STATE, PLAN, False)
-        run.begin(STATE, PLAN, False)
+            Run(tmp_path).begin(STATE, FACTS, False)
+        run.begin(STATE, FACTS, False)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.jsonl"]
 
 
@@ -85,8 +85,8 @@ def test_what_killed_processes_left_is_swept(tmp_path):
 def test_a_flipped_bit_is_named(tmp_path):
     run, flip = Run(tmp_path), random.Random(0)
     with run:
-        run.begin(STATE, PLAN, False)
-        run.checkpoint(STATE, PLAN)
+        run.begin(STATE, FACTS, False)
+        run.checkpoint(STATE, FACTS)
     sound = run.checkpoint_file.read_bytes()
     assert int(run.load(STATE)["step"]) == 6
     for bit in [*range(8 * len(sound))][:: 7 if len(sound) > 800 else 1]:
@@ -94,7 +94,7 @@ def test_a_flipped_bit_is_named(tmp_path):
         bad[bit // 8] ^= 1 << bit % 8
         run.checkpoint_file.write_bytes(bad)
         with pytest.raises(ValueError, match=r"checkpoint.safetensors is (damaged|truncated)"):
-            run.begin(STATE, PLAN, True)
+            run.begin(STATE, FACTS, True)
     for _ in range(50):
         bad = bytearray(sound)
         for _ in range(flip.randrange(1, 20)):
@@ -102,15 +102,15 @@ def test_a_flipped_bit_is_named(tmp_path):
         run.checkpoint_file.write_bytes(bad)
         if bytes(bad) != sound:
             with pytest.raises(ValueError, match=r"damaged|truncated|another model|not a check"):
-                run.begin(STATE, PLAN, True)
+                run.begin(STATE, FACTS, True)
 
 
 def test_a_state_of_nan_is_named(tmp_path):
     with Run(tmp_path) as run:
-        run.begin(STATE, PLAN, False)
-        run.checkpoint({**STATE, "w": STATE["w"].at[1, 1].set(jnp.nan)}, PLAN)
+        run.begin(STATE, FACTS, False)
+        run.checkpoint({**STATE, "w": STATE["w"].at[1, 1].set(jnp.nan)}, FACTS)
         with pytest.raises(ValueError, match="holds NaN in w, which no training leaves"):
-            run.begin(STATE, PLAN, True)
+            run.begin(STATE, FACTS, True)
 
 
 def test_files_without_a_checksum_are_read(tmp_path):
@@ -130,7 +130,7 @@ def test_files_without_a_checksum_are_read(tmp_path):
 def test_a_checkpoint_of_no_run(plan, tmp_path):
     io.save(tmp_path / "checkpoint.safetensors", STATE, plan=plan)
     with pytest.raises(ValueError, match="is not the checkpoint of a run"):
-        Run(tmp_path).begin(STATE, PLAN, True)
+        Run(tmp_path).begin(STATE, FACTS, True)
 
 
 def test_differences_name_the_whole_and_not_its_parts():

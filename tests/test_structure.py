@@ -14,8 +14,8 @@ SOURCE = ROOT / "src" / "adaptax"
 
 # A module imports from its own floor or from those before it.
 FLOORS = [
-    {"task", "tree", "roles", "program", "rewrite", "roots", "watch", "text"},
-    {"losses", "conv", "metrics", "io", "svgd", "augment", "process"},
+    {"task", "tree", "roles", "program", "rewrite", "roots", "watch", "text", "process"},
+    {"losses", "conv", "metrics", "io", "svgd", "augment", "fingerprint"},
     {"inner", "batch_norm"},
     {"learner"},
     {"algorithms", "tasks", "models", "bridge"},

@@ -242,12 +242,6 @@ def test_what_cannot_be_resumed(tmp_path):
     fit(run=folder)
     with pytest.raises(ValueError, match="already holds a run; resume it, or choose another"):
         fit(run=folder)
-    with pytest.raises(ValueError, match="other settings: steps was 12 and is 24"):
-        fit(run=folder, resume=True, steps=24)
-    with pytest.raises(ValueError, match="other settings: key was"):
-        fit(run=folder, resume=True, key=jax.random.key(1))
-    with pytest.raises(ValueError, match="another model"):
-        fit(run=folder, resume=True, optimizer=optax.sgd(0.1))
 
 
 SCRIPT = """

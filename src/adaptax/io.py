@@ -94,8 +94,14 @@ def save(path: str | os.PathLike[str], value: PyTree, **metadata: Any) -> None:
     named = _named(roles.deduplicate(value))
     arrays = {name: np.asarray(plain(leaf)) for name, leaf in named.items()}
     text = json.dumps(metadata)
-    header = {"adaptax": text, "crc32": _checksum(text, arrays)}
-    write_atomic(path, to_bytes(arrays, metadata=header))
+    data = to_bytes(arrays, metadata={"adaptax": text, "crc32": _checksum(text, arrays)})
+    # The library writes metadata in an order that varies; equal values are to be equal files.
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    start = json.dumps(header, separators=(",", ":")).encode()
+    start += b" " * (-len(start) % 8)
+    write_atomic(path, b"".join([len(start).to_bytes(8, "little"), start, data[end:]]))
 
 
 def load(path: str | os.PathLike[str], like: PyTree) -> PyTree:

@@ -25,10 +25,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from . import batch_norm, feed, io, program, roles, tree
 from .augment import Augmentation
 from .conv import fast
+from .fingerprint import fingerprint, made_by, settings
 from .mapping import everywhere, local_mesh
 from .models.residual import convolve_in
 from .process import check_not_forked, interruptible
-from .run import Resume, Run, as_run, lets_go
+from .run import Facts, Resume, Run, as_run, lets_go
 from .task import Model, TaskDistribution
 from .tasks.episodes import Design, Episodes, StreamedEpisodes
 
@@ -151,16 +152,24 @@ def pretrain(
     state, fixed = initial_state(model, recipe.optimizer())
     _check_outputs(eqx.combine(state.model, fixed), classified)
     run = as_run(run)
-    recorded = {} if run is None else run.plan(resume)
+    recorded = {} if run is None else run.recorded(resume).get("plan", {})
     mesh = local_mesh(batch, devices or recorded.get("devices"))
-    plan = {
-        **dataclasses.asdict(recipe), "batch": batch, "held_out": held_out,
-        "validate_every": validate_every, "images": len(order.train),
-        "key": np.asarray(io.plain(key)).tolist(), "devices": 1 if mesh is None else mesh.size,
-    }  # fmt: skip
     history: list[dict[str, Any]] = []
+    facts: Facts = {}
     if run is not None:
-        state, history = run.begin(state, plan, resume)
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state.model
+        )
+        facts = {
+            "plan": {
+                "batch": batch, "held_out": held_out, "validate_every": validate_every,
+                "devices": 1 if mesh is None else mesh.size, **settings(),
+                **fingerprint(recipe=recipe, model=eqx.combine(shapes, fixed), images=images,
+                              key=key),
+            },
+            "made_by": made_by(),
+        }  # fmt: skip
+        state, history = run.begin(state, facts, resume)
     bank = classified.bank if isinstance(classified, Episodes) else None
     # Once, and not at every call of the program: the bank of images may be large.
     state, bank, given_fixed = everywhere((state, bank, fixed), mesh)
@@ -209,7 +218,7 @@ def pretrain(
             stop = interrupted() and end < steps
             # Not at every chunk: a wide network's checkpoint has hundreds of megabytes.
             if run is not None and (due or stop or time.monotonic() > saved + SAVE_EVERY):
-                run.checkpoint(state, plan)
+                run.checkpoint(state, facts)
                 saved = time.monotonic()
             if stop:
                 stopped = "interrupted"

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from . import roles
+from .process import check_not_forked
 
 LIMIT = 32
 """Programs that are kept; beyond, the one that was not called for the longest time is freed."""
@@ -65,6 +66,7 @@ def call(function: Callable[..., Any], *args: Any, donate: Collection[int] = ())
         args: any pytrees.
         donate: positions of arguments whose memory the program may reuse.
     """
+    check_not_forked()
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((function, args))):
         return function(*args)
     args = tuple(map(roles.deduplicate, args))

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -14,6 +15,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import jax.numpy as jnp
 
 from . import io
+from .fingerprint import UNKNOWN
 from .process import lock
 
 Resume = bool | Literal["auto"]
@@ -22,8 +24,10 @@ Resume = bool | Literal["auto"]
 STALE = 3600.0
 """Seconds after which a hidden temporary file, of whatever process, is removed."""
 
-Plan = dict[str, Any]
-"""What a run depends on, by name: JSON values that are compared when it is resumed."""
+Facts = dict[str, dict[str, Any]]
+"""JSON values that a checkpoint holds beside the state, in groups: in `plan` what the run depends
+on, by name, which is compared when it is resumed; in `made_by` versions and machine, which are
+noted; and what the caller compares by himself."""
 
 
 class Run:
@@ -111,8 +115,8 @@ class Run:
             raise ValueError(f"{self.config_file} is not the configuration of a run")
         return found
 
-    def plan(self, resume: Resume = True) -> Plan:
-        """What the run to resume depends on; nothing where a new one begins.
+    def recorded(self, resume: Resume = True) -> Facts:
+        """The facts of the run to resume; nothing where a new one begins.
 
         Raises:
             FileNotFoundError: if a run is to be resumed and there is no such folder.
@@ -130,27 +134,50 @@ class Run:
             raise FileNotFoundError(f"there is no checkpoint at {self.checkpoint_file}")
         return {}
 
-    def begin(self, state: Any, plan: Plan, resume: Resume) -> tuple[Any, list[Any]]:
+    def begin(
+        self, state: Any, facts: Facts, resume: Resume, *, grows: str = ""
+    ) -> tuple[Any, list[Any]]:
         """The state and history to go on from; `state` and nothing for a new run.
 
-        Holds the folder from here on.
+        Holds the folder from here on. Warns if versions or machine are others.
+
+        Args:
+            state: of the beginning.
+            facts: of this call.
+            resume: see `Resume`.
+            grows: a number of the plan that may be larger than it was.
 
         Raises:
             FileNotFoundError: if there is nothing to resume.
-            ValueError: if a new run would overwrite one, or `plan` differs from the one resumed.
+            ValueError: if a new run would overwrite one, or the plan differs from the one resumed.
         """
-        before = self.plan(resume)
+        recorded = self.recorded(resume)
         if not self.held:
             self.__enter__()
-            before = self.plan(resume)
-        if not before:
+            recorded = self.recorded(resume)
+        if not recorded:
             self.metrics_file.write_bytes(b"")
             return state, []
-        if changed := differences(before, plan):
+        before, now = recorded["plan"], facts["plan"]
+        if isinstance(old := before.get(grows), int) and old < now[grows]:
+            before = {**before, grows: now[grows]}
+        if changed := differences(before, now):
             raise ValueError(
                 f"the run in {self.path} cannot be resumed with other settings: {changed}"
             )
+        if unknown := [name for name, text in now.items() if UNKNOWN in str(text)]:
+            warnings.warn(
+                f"what is in {', '.join(unknown)} cannot be compared; see to it that it is as it "
+                f"was when the run in {self.path} began",
+                stacklevel=4,
+            )
         state = self.load(state)
+        if changed := differences(recorded.get("made_by", {}), facts.get("made_by", {})):
+            warnings.warn(
+                f"the run in {self.path} goes on under other conditions: {changed}; its numbers "
+                "agree with those of a run without a break to rounding, not to the bit",
+                stacklevel=4,
+            )
         # A killed process may have logged chunks after its last checkpoint; they come again.
         records = [r for r in self.metrics() if r["step"] <= int(state.step)]
         lines = "".join(_line(record) for record in records)
@@ -173,11 +200,11 @@ class Run:
                 )
         return io.fill(self.checkpoint_file, found, like)
 
-    def checkpoint(self, state: Any, plan: Plan) -> None:
+    def checkpoint(self, state: Any, facts: Facts) -> None:
         """Replace the checkpoint."""
         with self.metrics_file.open("ab") as file:  # no step without its record
             os.fsync(file.fileno())
-        io.save(self.checkpoint_file, state, plan=plan)
+        io.save(self.checkpoint_file, state, **facts)
 
     def log(self, record: dict[str, Any]) -> None:
         """Append a record to the metrics and to the TensorBoard events."""
@@ -213,14 +240,11 @@ class Run:
                 records[record["step"]] = record
         return [records[step] for step in sorted(records)]
 
-    def _read(self) -> tuple[dict[str, Any], Plan]:
+    def _read(self) -> tuple[dict[str, Any], Facts]:
         arrays, metadata = io.read(self.checkpoint_file)
-        plan = metadata.get("plan")
-        if not isinstance(plan, dict) or not plan:
-            raise ValueError(
-                f"{self.checkpoint_file} is not the checkpoint of a run: it has no plan"
-            )
-        return arrays, plan
+        if not metadata.get("plan") or not all(isinstance(f, dict) for f in metadata.values()):
+            raise ValueError(f"{self.checkpoint_file} is not the checkpoint of a run")
+        return arrays, metadata
 
 
 Arguments = ParamSpec("Arguments")

@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,10 +19,11 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from . import feed, io, program, roles, tree
+from . import feed, program, roles, tree
 from .conv import FastPath
 from .divergence import Cause, diagnose
 from .evaluate import Evaluator
+from .fingerprint import fingerprint, made_by, settings
 from .learner import Meta, MetaLearner
 from .mapping import (
     Mapping,
@@ -32,7 +34,7 @@ from .mapping import (
     with_fast_path,
 )
 from .process import check_not_forked, interruptible
-from .run import Resume, Run, as_run, lets_go
+from .run import Facts, Resume, Run, as_run, differences, lets_go
 from .task import Model, Splits, Task, TaskDistribution
 
 
@@ -199,8 +201,9 @@ def fit(
     if resume and run is None:
         raise ValueError(f"resume={resume!r} wants run=, the folder of the run to continue")
     run = as_run(run)
-    recorded = {} if run is None else run.plan(resume)
-    chunk, devices = chunk or recorded.get("chunk"), devices or recorded.get("devices")
+    recorded = {} if run is None else run.recorded(resume)
+    before = recorded.get("plan", {})
+    chunk, devices = chunk or before.get("chunk"), devices or before.get("devices")
     _check_counts(steps=steps, meta_batch=meta_batch, keep=keep, chunk=chunk, patience=patience,
                   validate_every=validate_every, devices=devices)  # fmt: skip
     if steps >= 2**31 or steps * meta_batch > 2**32:
@@ -216,23 +219,34 @@ def fit(
     if outer is not None and optimizer is not None:
         raise ValueError("outer= is the whole outer step; give no optimizer with it")
     judge = None if validate is None else _judge(learner, validate, fast_path, validation or {})
-    optimizer = optimizer or learner.optimizer(steps)
+    rule, optimizer = outer or optimizer, optimizer or learner.optimizer(steps)
     task_key, learner_key, init_key, validation_key = jax.random.split(key, 4)
     state, fixed = initial_state(learner, model, outer or optimizer, init_key, keep)
-    if judge is not None and (validation or {}).get("select") is not None:
+    if judge is not None and {"select", "at"} & (validation or {}).keys():
         judge.check(eqx.combine(state.meta, fixed), key=validation_key)
     fast_learner = with_fast_path(learner, fast_path)
     heavy = _is_heavy(fast_learner, eqx.combine(state.meta, fixed), tasks, task_key)
     chunk = chunk or (20 if heavy else 500)
     validate_every = math.ceil((validate_every or max(steps // 10, 1)) / chunk) * chunk
     mesh = local_mesh(meta_batch, devices) if devices or heavy or outer is not None else None
-    plan = {"steps": steps, "meta_batch": meta_batch, "chunk": chunk,
-            "devices": 1 if mesh is None else mesh.size,
-            "key": np.asarray(io.plain(key)).tolist(),
-            "validate_every": validate_every, "keep": keep}  # fmt: skip
     history: list[dict[str, Any]] = []
+    facts: Facts = {}
     if run is not None:
-        state, history = run.begin(state, plan, resume)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state.meta)
+        facts = {
+            "plan": {
+                "steps": steps, "meta_batch": meta_batch, "chunk": chunk, "keep": keep,
+                "devices": 1 if mesh is None else mesh.size, "mapping": mapping,
+                "fast_path": fast_path, **settings(),
+                # Not the values that are trained: those of the checkpoint take their place.
+                **fingerprint(learner=learner, model=eqx.combine(shapes, fixed), tasks=tasks,
+                              outer=rule or "the learner's own", key=key),
+            },
+            "selection": fingerprint(validate=validate, validation=validation or {}),
+            "made_by": made_by(),
+        }  # fmt: skip
+        state, history = run.begin(state, facts, resume, grows="steps")
+        state = _reselect(state, recorded.get("selection"), facts["selection"])
     # Once, and not at every call of the program: the bank of images may be large.
     state, tasks, given_fixed = everywhere((state, tasks, fixed), mesh)
     steps_of = _program(fast_learner, optimizer, outer, meta_batch, steps, mapping, mesh)
@@ -261,6 +275,9 @@ def fit(
     stopped = "early" if exhausted() else "done"
     first = steps if exhausted() else int(state.step)
     jobs = (lambda b=b: job(*b) for b in bounds(first))
+    if judge is not None and first == steps and not math.isfinite(state.best_score[0]):
+        # Finished before it was validated in this way.
+        state = _select(state, judge(eqx.combine(state.meta, fixed), key=validation_key).score)
     with interruptible() as interrupted:
         for start, end, loaded in feed.prefetch(tasks, jobs):
             began = time.perf_counter()
@@ -289,7 +306,7 @@ def fit(
             history.append(record)
             if run is not None:
                 run.log(record)
-                run.checkpoint(state, plan)
+                run.checkpoint(state, facts)
             if watch is not None:
                 watch(record)
             if diverged:
@@ -429,6 +446,23 @@ def _judge(
     if hasattr(tasks, "evaluator"):
         return tasks.evaluator(learner, **how)
     return Evaluator(learner, tasks, **{"episodes": 200, "fast_path": fast_path, **how})
+
+
+def _reselect(state: State, before: Any, now: dict[str, Any]) -> State:
+    """The state, without what was selected by another validation, whose scores say nothing now."""
+    if before is None or not (changed := differences(before, now)):
+        return state
+    warnings.warn(
+        f"the run is validated in another way than before its break: {changed}; the best so far no "
+        "longer counts, and the selection begins anew",
+        stacklevel=4,
+    )
+    score, zero = jnp.full_like(state.best_score, -jnp.inf), jnp.zeros((), jnp.int32)
+    best = jax.tree.map(lambda best, now: jnp.broadcast_to(now, best.shape), state.best, state.meta)
+    return dataclasses.replace(
+        state, best=best, best_score=score, best_step=jnp.zeros_like(state.best_step),
+        stale=zero,
+    )  # fmt: skip
 
 
 def _select(state: State, score: float) -> State:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import tempfile
@@ -44,7 +45,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     """The exit code of a command; says on stderr what went wrong."""
-    _share_cores()
+    _share_cores(words)
     # Errors come with all their frames, which tell ours from those of others.
     jax.config.update("jax_traceback_filtering", "off")
     try:
@@ -69,13 +70,35 @@ def _run(words: list[str]) -> int:
     return 0
 
 
-def _share_cores() -> None:
-    """Let JAX see a device for every core, over which heavy meta-batches are shared."""
+def _share_cores(words: Sequence[str] = ()) -> None:
+    """Let JAX see a device for every core, over which heavy meta-batches are shared.
+
+    Where a run goes on, as many as it began with, so that it gives the same numbers.
+    """
     flags = os.environ.get("XLA_FLAGS", "")
     if HOST_DEVICES not in flags:
         cores = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
                     else os.cpu_count() or 1, 8)  # fmt: skip
+        cores = _devices_before(words) or cores
         os.environ["XLA_FLAGS"] = f"{flags} {HOST_DEVICES}={cores}".strip()
+
+
+def _devices_before(words: Sequence[str]) -> int | None:
+    """The devices that JAX saw when the runs in the folder of this command were begun."""
+    options = ("--resume", "--run", "--out")
+    split = [part for word in words for part in (word.split("=", 1) if "=" in word else [word])]
+    named = [folder for option, folder in itertools.pairwise(split) if option in options]
+    named += [f"runs/{name}" for name in words[2:3] if tuple(words[:2]) == ("recipes", "run")]
+    for folder in named:
+        for depth in ("", "*/", "*/*/"):
+            for file in sorted(Path(folder).glob(f"{depth}checkpoint.safetensors")):
+                from ..run import Run
+
+                with suppress(ValueError, OSError):
+                    made_by = Run(file.parent).recorded().get("made_by", {})
+                    if (devices := int(made_by.get("local devices", 0))) > 0:
+                        return devices
+    return None
 
 
 def _open_streams() -> None:

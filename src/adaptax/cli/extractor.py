@@ -14,10 +14,11 @@ import numpy as np
 
 from .. import models, report, tasks
 from ..augment import Augmentation
+from ..fingerprint import fingerprint
 from ..pretrain import Pretraining, check_train, extract, pixels_of, restore, step_count
 from ..pretrain import pretrain as train_classifier
 from ..recipes import schema
-from ..run import Run
+from ..run import Run, differences
 from ..task import Model, Splits
 from ..tasks.bank import NAMES
 from ..tasks.embedding_archive import read_archive
@@ -46,15 +47,10 @@ def pretrain(asked: Pretrain) -> None:
         path = (
             Path(asked.run) if asked.run else free_folder(f"pretrain-{asked.backbone}-{asked.data}")
         )
-        if (path / "config.json").exists():
-            raise ValueError(
-                f"{path} already holds a run; go on with `adaptax pretrain --resume {path}`, or "
-                "choose another folder"
-            )
     out, console = consoles()
-    result = _train(config, path, resume=asked.resume is not None, console=console)
+    result = _train(config, path, console=console)
     seconds = sum(record["seconds"] for record in result.history)
-    figure = report.learning_curve(result.history)
+    curve = [report.learning_curve(result.history)] if result.history else []
     summary: dict[str, Any] = {
         "run": str(path),
         "accuracy": result.accuracy,
@@ -62,7 +58,7 @@ def pretrain(asked: Pretrain) -> None:
         **facts(),
         "training": {"steps": result.step, "seconds": seconds, "stopped": result.stopped},
         "config": config,
-        "plots": [str(save_figure(figure, path / "learning_curve.png"))],
+        "plots": [str(save_figure(figure, path / "learning_curve.png")) for figure in curve],
     }
     keep(path / "pretrained.json", summary)
     if asked.json:
@@ -145,22 +141,21 @@ def check_unseen(classes: list[str], splits: Splits) -> None:
             )
 
 
-def _train(config: dict[str, Any], path: Path, *, resume: bool, console: Any) -> Pretraining:
+def _train(config: dict[str, Any], path: Path, *, console: Any) -> Pretraining:
     splits, how = splits_of(config), config["training"]
     images = check_train(splits.train)
     check_unseen(list(images.classes), splits)
-    known = config.get("classes")
-    if known is not None and known != list(images.classes):
-        raise DataError(f"the train classes are not those that the run in {path} began with")
     pixels = pixels_of(images, np.zeros(1, int)).shape[1:]
     config |= {"classes": list(images.classes), "image": list(pixels)}
     run = Run(path)
+    if run.checkpoint_file.exists():
+        _check_same(run, config)
     steps = step_count(images, how["epochs"], how["batch"], how["held_out"])
-    with nothing_half_written(run), watching(
+    with nothing_half_written(run), run, watching(
         f"{config['backbone']} on {config['data']}", steps, console
     ) as watch:  # fmt: skip
         network = _network(config, len(images.classes))
-        if resume:
+        if run.checkpoint_file.exists():
             watch.start(max((record["step"] for record in run.metrics()), default=0))
         else:
             run.write_config(config)
@@ -170,7 +165,7 @@ def _train(config: dict[str, Any], path: Path, *, resume: bool, console: Any) ->
             key=jax.random.key(config["seed"]),
             augmentation=Augmentation(**config["augmentation"]),
             run=run,
-            resume=resume,
+            resume="auto",
             watch=watch,
             **how,
         )
@@ -181,6 +176,17 @@ def _train(config: dict[str, Any], path: Path, *, resume: bool, console: Any) ->
             f"(step {result.step:,} of {steps:,})"
         )
     return result
+
+
+def _check_same(run: Run, config: dict[str, Any]) -> None:
+    """Raise if the folder holds a run with other settings; where the data lie is none."""
+    free = ("command", "data_root")
+    was, now = ({k: v for k, v in c.items() if k not in free} for c in (run.config(), config))
+    if changed := differences(fingerprint(**was), fingerprint(**now)):
+        raise ValueError(
+            f"{run.path} already holds a run, with other settings ({changed}); choose another "
+            "folder"
+        )
 
 
 def _config(asked: Pretrain) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from .. import io
+from ..fingerprint import processor
 
 
 def facts() -> dict[str, Any]:
@@ -22,7 +23,7 @@ def facts() -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in ("adaptax", "jax", "equinox")}
     return {
         "hardware": {
-            "cpu": cpu_model(),
+            "cpu": processor(),
             "cores": os.cpu_count(),
             "backend": jax.default_backend(),
             "device": device.device_kind,
@@ -30,14 +31,6 @@ def facts() -> dict[str, Any]:
         },
         "versions": {"python": platform.python_version(), **versions},
     }
-
-
-def cpu_model() -> str:
-    """The name of the processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
 
 
 def command(asked: Any, *words: str, out: Path) -> str:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from .. import report
 from ..evaluate import Report, predict
+from ..fingerprint import fingerprint
 from ..learner import Meta
 from ..recipes import (
     BODIES,
@@ -33,7 +34,7 @@ from ..recipes import (
 )
 from ..report import frames, returns
 from ..rl import Returns
-from ..run import Run
+from ..run import Run, differences
 from ..task import Batch, Model, Splits
 from ..train import fit as ax_fit
 from . import settings
@@ -62,6 +63,7 @@ class Trained:
         kept: the best few, stacked.
         last: the last.
         step: the step they are from.
+        steps: meta-steps done.
         stopped: why training ended.
         history: its records.
         test: distributions of the test protocol.
@@ -72,6 +74,7 @@ class Trained:
     kept: Meta
     last: Meta
     step: int
+    steps: int
     stopped: str
     history: list[dict[str, Any]]
     test: Splits
@@ -89,19 +92,20 @@ def train(asked: Train) -> None:
         return
     experiment = settings.experiment_of(asked)
     path = Path(asked.run) if asked.run else free_folder(_name(experiment))
-    if asked.init_from is not None:
-        first = copy_start(Path(asked.init_from), path)
-        experiment = dataclasses.replace(experiment, init_from=first)
+    start = None if asked.init_from is None else Path(asked.init_from)
+    if start is not None:
+        experiment = dataclasses.replace(experiment, init_from=_of_start(start))
     config = new_config(
         experiment,
         data_root=asked.data_root,
+        start=start,
         validate_every=asked.validate_every,
         patience=asked.patience,
         mapping=asked.mapping,
         fast_path="auto" if asked.fast_path else False,
     )
     config["settings"] = origin(experiment)
-    _train_and_test(config, path, resume=False, as_json=asked.json)
+    _train_and_test(config, path, as_json=asked.json)
 
 
 def run_recipe(asked: RecipesRun) -> None:
@@ -112,16 +116,26 @@ def run_recipe(asked: RecipesRun) -> None:
     config = new_config(experiment, data_root=asked.data_root)
     config |= {"recipe": found.name, "about": found.about, "paper": found.paper}
     path = Path(asked.run) if asked.run else Path("runs", found.name)
-    _train_and_test(config, path, resume=False, as_json=asked.json)
+    _train_and_test(config, path, as_json=asked.json)
 
 
-def new_config(experiment: Experiment, data_root: str | None, **training: Any) -> dict[str, Any]:
-    """The content of config.json: all that a run needs to be resumed or evaluated."""
+def new_config(
+    experiment: Experiment, data_root: str | None, start: Path | None = None, **training: Any
+) -> dict[str, Any]:
+    """The content of config.json: all that a run needs to be resumed or evaluated.
+
+    Args:
+        experiment: what to train.
+        data_root: folder of the data sets.
+        start: folder of the run that it starts from, which is copied; none trains that itself.
+        training: further arguments of `adaptax.fit`, and `None` for those not given.
+    """
     root = None if data_root is None else str(Path(data_root).expanduser().resolve())
     return {
         "version": VERSION,
         "command": shlex.join(["adaptax", *sys.argv[1:]]),
         "data_root": root,
+        "start": None if start is None else str(start.resolve()),
         "training": {name: value for name, value in training.items() if value is not None},
         "experiment": experiment.to_json(),
     }
@@ -147,48 +161,45 @@ def experiment_in(config: dict[str, Any], path: Path) -> Experiment:
         raise ValueError(f"{file}: {error}") from None
 
 
-def fit(config: dict[str, Any], path: Path, resume: bool, go_on: str, console: Console) -> Trained:
+def fit(config: dict[str, Any], path: Path, go_on: str, console: Console) -> Trained:
     """Train in a folder as its configuration says, up to the choice of the step size.
 
-    Nothing is written before the data are read, and a folder is left only with a checkpoint.
+    Goes on where a training of the same experiment was stopped there, before or after its first
+    checkpoint. Nothing is written before the data are read, and a new folder is left only with a
+    checkpoint.
 
     Args:
         config: content of config.json.
         path: the run folder.
-        resume: go on with the run there.
         go_on: the command that resumes it.
         console: for progress.
 
     Raises:
         Interrupted: on Ctrl-C, with `go_on`.
-        ValueError: if the folder holds a run and `resume` is false, and what `fit` raises.
+        ValueError: if the folder holds a run of another experiment, and what `fit` raises.
+        BlockingIOError: if another process works on the folder.
     """
     experiment, run = Experiment.from_json(config["experiment"]), Run(path)
-    if not resume and (run.checkpoint_file.exists() or (path / "config.json").exists()):
-        raise ValueError(
-            f"{path} already holds a run; go on with `adaptax train --resume {path}`, or choose "
-            "another folder"
-        )
+    _held(run, config)  # complains now, not after the data are read
     splits = experiment.splits(config["data_root"])
     test = experiment.splits(config["data_root"], test=True) if experiment.test_task else splits
     experiment.check(test)
     title = f"{TITLES[experiment.algorithm]} on {experiment.tasks}"
     stop = f"interrupted, and saved in {path}; go on with: {go_on}"
-    with nothing_half_written(run):
-        if not resume:
-            run.write_config(config)
+    with nothing_half_written(run), run:
+        config = _held(run, config)
+        run.write_config(config)
         start = _start(experiment, config, path, go_on, console)
-        resume = resume and run.checkpoint_file.exists()
         warn = getattr(experiment.build_learner(), "collapsed", None)
         with watching(title, experiment.steps, console, warn) as watch:
-            if resume:
+            if run.checkpoint_file.exists():
                 watch.start(max((record["step"] for record in run.metrics()), default=0))
             how = {"validation": _validation(experiment), **config["training"]}
             if experiment.tasks in ENVIRONMENTS:
                 times = 10 if experiment.tasks in BODIES else 20
                 how.setdefault("validate_every", max(experiment.steps // times, 1))
             result = experiment.train(
-                splits, run, init_from=start, validate=splits.val, watch=watch, resume=resume, **how
+                splits, run, init_from=start, validate=splits.val, watch=watch, resume="auto", **how
             )
     if result.stopped == "interrupted":
         raise Interrupted(f"{stop} (meta-step {result.step:,} of {experiment.steps:,})")
@@ -198,9 +209,32 @@ def fit(config: dict[str, Any], path: Path, resume: bool, go_on: str, console: C
         if experiment.tune or experiment.tune_noise:
             run.write_config({**config, "tuned": tuned.to_json()})
     return Trained(
-        tuned, result.meta, result.kept, result.last, result.best_step, result.stopped,
-        result.history, test,
+        tuned, result.meta, result.kept, result.last, result.best_step, result.step,
+        result.stopped, result.history, test,
     )  # fmt: skip
+
+
+def _held(run: Run, config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration to train by: with what a run of the same experiment has found out already.
+
+    A folder without a checkpoint is of a run that was killed before its first one, and begun anew.
+
+    Raises:
+        ValueError: if the folder holds a run of another experiment.
+    """
+    if not run.checkpoint_file.exists():
+        return config
+    if not run.config_file.exists():
+        raise ValueError(f"{run.path} already holds a run, which is not of the command line; "
+                         "choose another folder")  # fmt: skip
+    before = run.config()
+    was, now = (fingerprint(experiment=c.get("experiment")) for c in (before, config))
+    if changed := differences(was, now):
+        raise ValueError(
+            f"{run.path} already holds a run, with other settings ({changed}); choose another "
+            "folder with --run or --out"
+        )
+    return {**before, **{name: config[name] for name in ("data_root", "training")}}
 
 
 def _start(
@@ -210,6 +244,8 @@ def _start(
     if not experiment.init_from:
         return None
     first = Experiment.from_json(experiment.init_from)
+    if config.get("start") is not None and not Run(path / INIT).checkpoint_file.exists():
+        _copy_start(Path(config["start"]), path / INIT)
     return fit_or_go_on(first, path / INIT, go_on, console, data_root=config["data_root"]).meta
 
 
@@ -228,24 +264,15 @@ def fit_or_go_on(
     Raises:
         ValueError: if the folder holds a run of another experiment.
     """
-    content, resume = new_config(experiment, **config), False
-    if Run(path).checkpoint_file.exists():
-        before = Run(path).config()
-        if before.get("experiment") != content["experiment"]:
-            raise ValueError(
-                f"{path} holds a run with other settings; choose another folder with --out"
-            )
-        content, resume = before, True
-    return fit(content, path, resume, go_on, console)
+    return fit(new_config(experiment, **config), path, go_on, console)
 
 
 def pictures(trained: Trained, scores: Report | Returns, path: Path) -> list[str]:
     """Write the plots of a run and its test scores; returns their paths."""
     experiment, learner = trained.experiment, trained.experiment.build_learner()
-    key, figures = (
-        jax.random.key(PICTURED),
-        {"learning_curve": report.learning_curve(trained.history)},
-    )
+    key, figures = jax.random.key(PICTURED), {}
+    if trained.history:  # or its file is lost
+        figures["learning_curve"] = report.learning_curve(trained.history)
     if isinstance(scores, Returns):
         figures |= _returns(trained, scores)
     elif experiment.tasks in CURVES and experiment.eval_steps:
@@ -314,32 +341,32 @@ def adapt_and_predict(
     return predict(model, x, support.x, transductive=transductive)[..., :count]
 
 
-def copy_start(start: Path, path: Path) -> dict[str, Any]:
-    """Put a copy of a run into the folder of another, which starts from it.
-
-    Args:
-        start: folder of the run to start from.
-        path: folder of the new run.
-
-    Returns:
-        The experiment of the run, in JSON.
+def _of_start(start: Path) -> dict[str, Any]:
+    """The experiment, in JSON, of a run to start from.
 
     Raises:
         FileNotFoundError: if there is no run.
-        ValueError: if it has no checkpoint, or the new folder exists.
+        ValueError: if it has no checkpoint.
     """
-    run, copy = Run(start), path / INIT
+    run = Run(start)
     config = run.config()
     experiment_in(config, run.path)
     if not run.checkpoint_file.exists():
         raise ValueError(f"{start} has no checkpoint to start from; train it first")
-    if path.exists():
-        raise ValueError(f"{path} already exists; choose another folder for the new run")
-    copy.mkdir(parents=True)
-    for file in run.path.iterdir():
-        if file.is_file():
-            shutil.copy2(file, copy / file.name)
     return config["experiment"]
+
+
+def _copy_start(start: Path, copy: Path) -> None:
+    """Copy a run, whole or not at all."""
+    _of_start(start)
+    half = copy.with_name(f".{copy.name}.copy")
+    for folder in (half, copy):  # of a process that was killed
+        shutil.rmtree(folder, ignore_errors=True)
+    half.mkdir()
+    for file in start.iterdir():
+        if file.is_file() and not file.name.startswith("."):
+            shutil.copy2(file, half / file.name)
+    half.rename(copy)
 
 
 def _resume(asked: Train) -> None:
@@ -361,13 +388,13 @@ def _resume(asked: Train) -> None:
             )
     if asked.data_root is not None:
         config = {**config, "data_root": asked.data_root}
-    _train_and_test(config, path, resume=True, as_json=asked.json)
+    _train_and_test(config, path, as_json=asked.json)
 
 
-def _train_and_test(config: dict[str, Any], path: Path, *, resume: bool, as_json: bool) -> None:
+def _train_and_test(config: dict[str, Any], path: Path, *, as_json: bool) -> None:
     out, progress = consoles()
     go_on = shlex.join(["adaptax", "train", "--resume", str(path)])
-    trained = fit(config, path, resume, go_on, progress)
+    trained = fit(config, path, go_on, progress)
     experiment = trained.experiment
     with _afterwards(f"interrupted after training, which is saved in {path}; test with: {go_on}"):
         reports = _test(trained, progress)
@@ -384,7 +411,7 @@ def _train_and_test(config: dict[str, Any], path: Path, *, resume: bool, as_json
         **facts(),
         "training": {
             "seconds": trained.seconds,
-            "steps": trained.history[-1]["step"],
+            "steps": trained.steps,
             "best_step": trained.step,
             "stopped": trained.stopped,
         },
@@ -405,7 +432,7 @@ def _train_and_test(config: dict[str, Any], path: Path, *, resume: bool, as_json
     if "paper" in config:
         out.print(f"paper: {config['paper']}", soft_wrap=True)
     out.print(
-        f"trained {trained.history[-1]['step']:,} meta-steps in {trained.seconds:.0f} s; the best "
+        f"trained {trained.steps:,} meta-steps in {trained.seconds:.0f} s; the best "
         f"by validation is of step {trained.step:,}",
         soft_wrap=True,
     )
@@ -475,7 +502,9 @@ def nothing_half_written(run: Run) -> Iterator[None]:
     new = [path for path in (run.path, *run.path.parents) if not path.exists()]
     try:
         yield
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, BlockingIOError):
+            raise  # the folder is another process's
         if new and not run.checkpoint_file.exists() and not (run.path / INIT).exists():
             shutil.rmtree(run.path, ignore_errors=True)
             for parent in new[1:]:

@@ -28,6 +28,7 @@ from ..recipes import (
     with_noise,
 )
 from ..report import calibration, number, uncertainty
+from ..run import Run
 from ..task import episode_key
 from ..tasks.lines import SinusoidOrLine
 from . import settings
@@ -35,7 +36,7 @@ from .commands import Compare
 from .console import Interrupted, consoles, free_folder, save_figure
 from .facts import command, dump, facts, keep
 from .progress import scoring
-from .training import PICTURED, Trained, copy_start, fit_or_go_on
+from .training import PICTURED, Trained, fit_or_go_on
 
 NOISY = "MAML + noise"
 
@@ -121,10 +122,10 @@ def compare(asked: Compare) -> None:
     try:
         for name, experiment in experiments.items():
             first = path / "maml"
-            if experiment.init_from and first.exists() and not (path / name).exists():
-                copy_start(first, path / name)
+            copied = experiment.init_from and Run(first).checkpoint_file.exists()
             trained = fit_or_go_on(
                 experiment, path / name, go_on, progress, data_root=asked.data_root,
+                start=first if copied else None,
                 validate_every=max(experiment.steps // 10, 1),
             )  # fmt: skip
             entries.append(_entry(TITLES[name], trained, trained.experiment, progress))
