@@ -552,6 +552,7 @@ def sentence(capsys):
         (["train", "maml", "folder"], "--path"),
         (["train", "maml", "folder", "--path", "nowhere"], "nowhere"),
         (["train", "maml", "glyphs", "--path", "."], "--data-root"),
+        (["train", "maml", "folder", "--path", "~nobody-here/x"], "home directory"),
         (["train", "maml", "glyphs", "--way", "5000"], "way=5000"),
         (["train", "maml", "glyphs", "--query", "20"], "shot + query"),
         (["train", "maml", "sinusoid", "--steps", "0"], "steps"),
@@ -801,3 +802,9 @@ def test_predict_of_fewer_classes_is_that_of_a_smaller_head(image_run, here, cap
     write_images(here, glyphs(4, 1, 1).test.sample(jax.random.key(0)))
     assert main(words) == 2
     assert "3 or fewer" in sentence(capsys)
+
+
+def test_a_link_to_itself_is_a_sentence(here, capsys):
+    (here / "loop").symlink_to("loop")
+    assert main(["train", "maml", "folder", "--path", "loop"]) == 2
+    assert "fault" not in sentence(capsys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -199,7 +200,7 @@ def _config(asked: Pretrain) -> dict[str, Any]:
     if (asked.data == "folder") != (asked.path is not None):
         raise ValueError("--path names the images of the data set folder, and of no other")
     if asked.path is not None:
-        task["path"] = str(Path(asked.path).expanduser().resolve())
+        task["path"] = os.path.realpath(Path(asked.path).expanduser())
     characters = asked.data in _CHARACTERS
     side = asked.size or (28 if characters else 84)
     crop, jitter = (2, 0.0) if characters else (side // 10, 0.4)
@@ -209,7 +210,7 @@ def _config(asked: Pretrain) -> dict[str, Any]:
         "jitter": jitter if asked.jitter is None else asked.jitter,
     }
     Augmentation(**augmentation)  # complains now, not after the data are read
-    root = None if asked.data_root is None else str(Path(asked.data_root).expanduser().resolve())
+    root = None if asked.data_root is None else os.path.realpath(Path(asked.data_root).expanduser())
     return {
         "version": VERSION,
         "command": shlex.join(["adaptax", *sys.argv[1:]]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def with_path(experiment: Experiment, path: str | None) -> Experiment:
     if path is None:
         raise ValueError(f"the task family {experiment.tasks} wants --path, "
                          f"{PATHS[experiment.tasks]}")  # fmt: skip
-    where = Path(path).expanduser().resolve()
+    where = Path(os.path.realpath(Path(path).expanduser()))
     changes: dict[str, Any] = {"task": {"path": str(where)}}
     if experiment.tasks == "embeddings":
         changes["network"] = {"linear": width(where)}

@@ -130,7 +130,7 @@ def new_config(
         start: folder of the run that it starts from, which is copied; none trains that itself.
         training: further arguments of `adaptax.fit`, and `None` for those not given.
     """
-    root = None if data_root is None else str(Path(data_root).expanduser().resolve())
+    root = None if data_root is None else os.path.realpath(Path(data_root).expanduser())
     return {
         "version": VERSION,
         "command": shlex.join(["adaptax", *sys.argv[1:]]),
