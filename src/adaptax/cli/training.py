@@ -135,7 +135,7 @@ def new_config(
         "version": VERSION,
         "command": shlex.join(["adaptax", *sys.argv[1:]]),
         "data_root": root,
-        "start": None if start is None else str(start.resolve()),
+        "start": None if start is None else os.path.realpath(start),
         "training": {name: value for name, value in training.items() if value is not None},
         "experiment": experiment.to_json(),
     }
@@ -152,7 +152,7 @@ def experiment_in(config: dict[str, Any], path: Path) -> Experiment:
         raise ValueError(f"{file} was not written by `adaptax train`")
     by_experiment = ("steps", "meta_batch", "keep", "run", "resume")
     try:
-        for name, kind in (("command", str), ("data_root", str | None)):
+        for name, kind in (("command", str), ("data_root", str | None), ("start", str | None)):
             schema.fitting(name, config.get(name), kind)
         schema.checked("training", config.get("training"), schema.taken(ax_fit, by_experiment))
         first = Experiment.from_json(config["experiment"])
