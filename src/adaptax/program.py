@@ -69,19 +69,25 @@ def call(function: Callable[..., Any], *args: Any, donate: Collection[int] = ())
     check_not_forked()
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((function, args))):
         return function(*args)
-    args = tuple(map(roles.deduplicate, args))
-    parts = [jax.tree.flatten(arg) for arg in (function, *args)]
-    program = _find(function, args, donate)
+    once = tuple(map(roles.deduplicate, args))
+    # What the caller gives without shared variables he gets back so.
+    out = roles.reshare if any(a is not b for a, b in zip(once, args, strict=True)) else _as_it_is
+    parts = [jax.tree.flatten(arg) for arg in (function, *once)]
+    program = _find(function, once, donate)
     token = _given.set(parts)
     try:
         if program.traceable:
             arrays = [[leaf for leaf in leaves if eqx.is_array(leaf)] for leaves, _ in parts]
-            return roles.reshare(program.result(program.run(*arrays)))
+            return out(program.result(program.run(*arrays)))
     except _UNTRACEABLE:
         program.traceable = False
     finally:
         _given.reset(token)
-    return roles.reshare(function(*args))
+    return out(function(*once))
+
+
+def _as_it_is(result: Any) -> Any:
+    return result
 
 
 def clear() -> None:
@@ -208,7 +214,8 @@ class _Look:
             return kind, self(x.func), self(x.args, traced), self(x.keywords, traced)
         if kind is types.MethodType:
             return kind, self(x.__func__), self(x.__self__)
-        if (node := jax.tree_util.default_registry.flatten_one_level(x)) is not None:
+        node = jax.tree_util.default_registry.flatten_one_level(x)
+        if node is not None and node[1] is not x:  # which what is registered as static is
             return kind, self(node[1]), *(self(child, traced) for child in node[0])
         if dataclasses.is_dataclass(x) and kind.__eq__ is not object.__eq__:
             own = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
