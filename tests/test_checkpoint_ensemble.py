@@ -79,7 +79,7 @@ def test_the_kept_survive_resumption(trained, tmp_path):
 def test_without_validation_nothing_is_kept():
     result = ax.fit(LEARNER, ax.models.MLP(1, 1, (8,), key=KEY), TASKS.train, steps=2, key=KEY)
     assert result.kept is None
-    with pytest.raises(ValueError, match="keep is 1 or more, not 0"):
+    with pytest.raises(ValueError, match="keep is a whole number of at least 1, not 0"):
         train(keep=0)
 
 
