@@ -739,10 +739,10 @@ def test_predict_takes_files_folders_and_patterns(image_run, here, capsys):
     words = ["predict", str(image_run), "--support", "support", "--query"]
     assert main([*words, "x[/y].png"]) == 0
     assert "x[/y].png" in capsys.readouterr().out
-    asked = ["x[/y].png", "query/c*/0.png", "query/[[]red]c0"]
+    asked = ["x[/y].png", "query/c*/[24].png", "query/[[]red]c0"]
     assert main([*words, *asked, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["predictions"]
-    files = ["x[/y].png", "query/c1/0.png", "query/c2/0.png", "query/[red]c0/1.png"]
+    files = ["x[/y].png", "query/c1/2.png", "query/c2/4.png", "query/[red]c0/1.png"]
     assert [row["file"] for row in rows] == files
     for row in rows:  # of a single model the entropy is that of its probabilities
         p = np.array(list(row["probabilities"].values()))

@@ -82,8 +82,8 @@ def test_a_restored_model_is_the_trained_one(whole):
 
 
 def test_a_metric_that_is_nan_is_kept_without_a_plot(tmp_path, caplog):
-    run = Run(tmp_path)
-    run.log({"step": 1, "seconds": 0.5, "loss": float("nan")})
+    with Run(tmp_path) as run:
+        run.log({"step": 1, "seconds": 0.5, "loss": float("nan")})
     assert "NaN" not in caplog.text
     assert run.metrics() == [{"step": 1, "seconds": 0.5, "loss": None}]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shlex
 import shutil
@@ -82,7 +83,7 @@ class Trained:
     @property
     def seconds(self) -> float:
         """Of meta-training, validation not counted."""
-        return sum(record["seconds"] for record in self.history)
+        return math.fsum(record["seconds"] for record in self.history)
 
 
 def train(asked: Train) -> None:
