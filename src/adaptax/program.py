@@ -222,7 +222,8 @@ class _Look:
             return kind, self({**own, **getattr(x, "__dict__", {})})
         if kind.__eq__ is not object.__eq__ and _hashable(x):
             return kind, x
-        if type(kind.__dict__.get("__call__")) is types.FunctionType and hasattr(x, "__dict__"):
+        written = type(kind.__dict__.get("__call__")) is types.FunctionType
+        if written and hasattr(x, "__dict__") and not kind.__module__.startswith("jax."):
             return self._once(x, self._callable)
         return self._same(x)
 
