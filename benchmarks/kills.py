@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -34,8 +35,8 @@ from PIL import Image  # noqa: E402
 
 import adaptax as ax  # noqa: E402
 from adaptax.cli import main  # noqa: E402
+from adaptax.engine.run import Run  # noqa: E402
 from adaptax.recipes import changed, closest  # noqa: E402
-from adaptax.run import Run  # noqa: E402
 
 PICTURES = Path(SCRATCH.name, "pictures")
 EACH = 5
@@ -43,9 +44,9 @@ EACH = 5
 
 
 def pictures() -> None:
-    """A folder of 15 classes of 6 pictures of 28 by 28 pixels."""
+    """A folder of 20 classes of 6 pictures of 28 by 28 pixels."""
     rng = np.random.default_rng(0)
-    for name in range(15):
+    for name in range(20):
         folder = PICTURES / f"class {name}"
         folder.mkdir(parents=True)
         base = rng.integers(0, 200, (28, 28))
@@ -73,8 +74,8 @@ def sinusoid(folder: Path) -> int:
 def images(folder: Path) -> int:
     """Likewise on images."""
     rng, key = np.random.default_rng(0), jax.random.key(0)
-    x = rng.integers(0, 255, (15 * 6, 12, 12, 1), dtype=np.uint8)
-    tasks = ax.tasks.from_arrays(x, np.repeat(np.arange(15), 6), way=3, shot=1, query=2)
+    x = rng.integers(0, 255, (20 * 6, 12, 12, 1), dtype=np.uint8)
+    tasks = ax.tasks.from_arrays(x, np.repeat(np.arange(20), 6), way=3, shot=1, query=2)
     model = ax.models.Conv4(out=3, key=key, image=(12, 12, 1), filters=4)
     ax.fit(ax.MAML(ax.losses.cross_entropy, 0.1), model, tasks.train, steps=24, meta_batch=4,
            chunk=3, key=key, run=folder, resume="auto")  # fmt: skip
@@ -118,6 +119,8 @@ def start(job: str, folder: Path, log: Path) -> int:
         os.dup2(out, 1)
         os.dup2(out, 2)
         code = JOBS[job](folder)
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -148,7 +148,7 @@ def run_adaptax(dtype, shot, mapping="auto"):
     import jax.numpy as jnp
 
     import adaptax as ax
-    from adaptax.mapping import local_mesh
+    from adaptax.engine.mapping import local_mesh
 
     jax.config.update("jax_enable_x64", dtype == np.float64)
     key = jax.random.key(0)

@@ -108,7 +108,7 @@ def run_adaptax(dtype, build, fast_path=True):
     import jax.numpy as jnp
 
     import adaptax as ax
-    from adaptax.mapping import local_mesh
+    from adaptax.engine.mapping import local_mesh
 
     jax.config.update("jax_enable_x64", dtype == np.float64)
     model, read = build({name: jnp.asarray(value) for name, value in weights(dtype).items()})

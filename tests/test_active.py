@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 import adaptax as ax
-from adaptax.analysis import ActiveCurves, active_learning, unsureness
+from adaptax.studies import ActiveCurves, active_learning, unsureness
 
 KEY = jax.random.key(0)
 mse, cross_entropy = ax.losses.mse, ax.losses.cross_entropy

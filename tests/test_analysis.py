@@ -14,14 +14,14 @@ import pytest
 from rich.console import Console
 
 import adaptax as ax
-from adaptax.analysis import ARMS, COMBINATIONS, overlap, predicted_coefficients
-from adaptax.analysis.gradients import BATCH, overlapping
-from adaptax.analysis.taylor import Expansion, Ordered, _orders
 from adaptax.cli import analysis as command
 from adaptax.cli import main
 from adaptax.cli.progress import Watcher
 from adaptax.recipes import Experiment
 from adaptax.report import analysis as report
+from adaptax.studies import ARMS, COMBINATIONS, overlap, predicted_coefficients
+from adaptax.studies.gradients import BATCH, overlapping
+from adaptax.studies.taylor import Expansion, Ordered, _orders
 from adaptax.testing import check_meta_gradient
 
 KEY = jax.random.key(0)

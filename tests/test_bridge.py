@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import adaptax as ax
-from adaptax.bridge import from_torch, to_torch
 from adaptax.conv import fast
+from adaptax.models.bridge import from_torch, to_torch
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchax")
@@ -339,7 +339,7 @@ def test_errors():
 def test_without_torch_the_error_says_what_to_install():
     code = (
         "import sys; sys.modules['torchax'] = None\n"
-        "from adaptax.bridge import from_torch\n"
+        "from adaptax.models.bridge import from_torch\n"
         "try: from_torch(None)\n"
         "except ImportError as error: print(error)\n"
     )

@@ -26,8 +26,8 @@ from adaptax.cli import ablation, commands, comparison, main, options
 from adaptax.cli.app import _share_cores
 from adaptax.cli.inspection import image_format, load
 from adaptax.cli.progress import Watcher, watching
+from adaptax.engine.run import Run
 from adaptax.recipes import ALGORITHMS, RECIPES, TASKS, Experiment, bayesian, book, changed
-from adaptax.run import Run
 from adaptax.tasks import glyphs, images
 
 SINE = ["train", "maml", "sinusoid", "--steps", "20", "--episodes", "6", "--set",

@@ -182,7 +182,7 @@ def test_a_replay_that_fails_loses_nothing(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("adaptax.train.diagnose", broken)
+    monkeypatch.setattr("adaptax.engine.train.diagnose", broken)
     with pytest.raises(ax.TrainingDiverged, match="the loss or its gradient was not") as caught:
         ax.fit(ax.MAML(mse), LINE, lines(qy=nan), steps=3, meta_batch=3, key=KEY, devices=1)
     assert str(caught.value.__cause__) == "out of memory"

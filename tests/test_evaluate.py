@@ -9,7 +9,7 @@ import pytest
 
 import adaptax as ax
 from adaptax import metrics
-from adaptax.evaluate import Evaluator
+from adaptax.engine.evaluate import Evaluator
 from adaptax.task import episode_key
 from adaptax.testing import Blobs
 from compilations import compilations

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 import adaptax as ax
-from adaptax.fingerprint import MOST_ENTRIES, fingerprint
+from adaptax.engine.fingerprint import MOST_ENTRIES, fingerprint
 
 SCRIPT = """
 import functools, json, re, sys
@@ -22,7 +22,7 @@ import jax, jax.numpy as jnp, numpy as np, optax, equinox as eqx
 from flax import nnx
 import flax.linen as nn
 import adaptax as ax
-from adaptax.fingerprint import fingerprint
+from adaptax.engine.fingerprint import fingerprint
 KEY = jax.random.key(0)
 SCALE = {"b": 1, "a": 2}
 class Settings:
@@ -145,7 +145,7 @@ def test_circles_and_crowds():
 
 
 def test_a_large_array_on_the_host_counts_by_rows(monkeypatch):
-    monkeypatch.setattr("adaptax.fingerprint.SAMPLED", 1000)
+    monkeypatch.setattr("adaptax.engine.fingerprint.SAMPLED", 1000)
     array = np.zeros((4096, 4))
     before = fingerprint(v=array)
     array[-1] = 1

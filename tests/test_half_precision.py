@@ -12,7 +12,7 @@ import pytest
 
 import adaptax as ax
 from adaptax import metrics, svgd
-from adaptax.mapping import local_mesh, sum_over
+from adaptax.engine.mapping import local_mesh, sum_over
 
 KEY = jax.random.key(0)
 HALVES = (jnp.bfloat16, jnp.float16)

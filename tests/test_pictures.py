@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 import adaptax as ax
-from adaptax.analysis import ActiveCurves
 from adaptax.report import uncertainty as pictures
+from adaptax.studies import ActiveCurves
 from adaptax.tasks.attributes import AttributeTasks, pools
 from adaptax.tasks.episodes import Design
 

@@ -14,10 +14,10 @@ from jax.flatten_util import ravel_pytree
 
 import adaptax as ax
 from adaptax import batch_norm, tree
-from adaptax.augment import Augmentation
+from adaptax.engine.augment import Augmentation
+from adaptax.engine.pretrain import _Order, check_train, extract, pretrain, restore, step_count
+from adaptax.engine.run import Run
 from adaptax.models import Conv4, WideResNet
-from adaptax.pretrain import _Order, check_train, extract, pretrain, restore, step_count
-from adaptax.run import Run
 from adaptax.tasks import from_arrays
 
 KEY = jax.random.key(3)

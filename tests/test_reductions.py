@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import adaptax as ax
-from adaptax.mapping import local_mesh
+from adaptax.engine.mapping import local_mesh
 
 KEY = jax.random.key(0)
 pytestmark = pytest.mark.usefixtures("x64")

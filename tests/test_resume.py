@@ -137,7 +137,9 @@ def global_changed(monkeypatch):
 
 
 def precision_changed(monkeypatch):
-    monkeypatch.setattr("adaptax.train.settings", lambda: {"jax_default_matmul_precision": "high"})
+    monkeypatch.setattr(
+        "adaptax.engine.train.settings", lambda: {"jax_default_matmul_precision": "high"}
+    )
 
 
 REFUSED = {
@@ -337,7 +339,7 @@ def test_what_cannot_be_compared_is_said(tmp_path):
 
 
 def test_other_conditions_are_said(again, monkeypatch):
-    monkeypatch.setattr("adaptax.train.made_by", lambda: {"jax": "0.0.1"})
+    monkeypatch.setattr("adaptax.engine.train.made_by", lambda: {"jax": "0.0.1"})
     with pytest.warns(
         UserWarning, match=r"goes on under other conditions: jax was .* and is 0.0.1"
     ):

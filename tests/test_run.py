@@ -15,8 +15,8 @@ import pytest
 
 import adaptax as ax
 from adaptax import io
+from adaptax.engine.run import Run, differences
 from adaptax.process import interruptible
-from adaptax.run import Run, differences
 
 STATE = {"step": jnp.array(6), "w": jnp.ones((3, 2)), "best": jnp.array([-jnp.inf, 1.0])}
 FACTS = {"plan": {"steps": 12, "learner.inner_lr": 0.01}}
@@ -31,7 +31,7 @@ def process(code, *words, **how):
 
 HOLD = """
 import sys, time
-from adaptax.run import Run
+from adaptax.engine.run import Run
 with Run(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

@@ -38,7 +38,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def predicts(kind: Kind) -> Callable[[Function], Function]:
     """Decorate a loss with what its predictions are, so that `evaluate` scores them as that.
 
-    A loss of your own needs it only if `evaluate` does not find out; see `adaptax.scoring`.
+    A loss of your own needs it only if `evaluate` does not find out; see `adaptax.engine.scoring`.
 
     Args:
         kind: see `Kind`.

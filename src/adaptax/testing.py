@@ -23,9 +23,9 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from . import io, roles, tree
-from .evaluate import evaluate
+from .engine.evaluate import evaluate
+from .engine.mapping import meta_value_and_grad
 from .learner import Ensemble, Meta, MetaLearner
-from .mapping import meta_value_and_grad
 from .models import MLP
 from .task import Batch, Model, Task, TaskDistribution
 from .tasks.sinusoid import sinusoid

@@ -9,7 +9,7 @@ from test_rl_rollout import Countdown, policy_for
 
 import adaptax as ax
 from adaptax import rl
-from adaptax.mapping import local_mesh
+from adaptax.engine.mapping import local_mesh
 
 KEY = jax.random.key(0)
 ENV = rl.Navigation()

@@ -14,7 +14,7 @@ from scipy import stats
 
 from adaptax.cli import main
 from adaptax.cli.uncertainty import beyond
-from adaptax.evaluate import Report
+from adaptax.engine.evaluate import Report
 from adaptax.recipes import bayesian
 from adaptax.task import Batch
 from adaptax.tasks import DataError, FSMol, assays, fsmol

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from .. import report
-from ..evaluate import Report
+from ..engine.evaluate import Report
 from ..recipes import ROWS, Experiment, ablated, changed
 from .commands import Ablate
 from .console import Interrupted, consoles, free_folder, save_figure

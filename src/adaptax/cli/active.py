@@ -9,9 +9,9 @@ import jax
 from rich.table import Table
 
 from .. import report
-from ..analysis.active import ActiveCurves, active_learning
 from ..recipes import ENVIRONMENTS, TITLES, changed
 from ..report.uncertainty import active_curves
+from ..studies.active import ActiveCurves, active_learning
 from ..text import shown
 from .commands import AnalyzeActive
 from .console import consoles, free_folder, save_figure

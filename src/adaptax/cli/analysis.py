@@ -20,7 +20,12 @@ from rich.progress import track
 from .. import io, losses, models, tasks
 from ..algorithms.maml import FOMAML, MAML
 from ..algorithms.reptile import Reptile
-from ..analysis.gradients import (
+from ..engine.run import Run
+from ..learner import Functional, MetaLearner
+from ..losses import Loss
+from ..recipes import Experiment
+from ..report import analysis as report
+from ..studies.gradients import (
     ARMS,
     COMBINATIONS,
     DRAWINGS,
@@ -30,12 +35,7 @@ from ..analysis.gradients import (
     overlap,
     overlapping,
 )
-from ..analysis.taylor import RATES, Expansion, taylor_coefficients
-from ..learner import Functional, MetaLearner
-from ..losses import Loss
-from ..recipes import Experiment
-from ..report import analysis as report
-from ..run import Run
+from ..studies.taylor import RATES, Expansion, taylor_coefficients
 from ..task import Model, Splits, TaskDistribution
 from .commands import AnalyzeGradients, AnalyzeTaylor
 from .console import Interrupted, consoles, free_folder

@@ -92,7 +92,7 @@ def _devices_before(words: Sequence[str]) -> int | None:
     for folder in named:
         for depth in ("", "*/", "*/*/"):
             for file in sorted(Path(folder).glob(f"{depth}checkpoint.safetensors")):
-                from ..run import Run
+                from ..engine.run import Run
 
                 with suppress(ValueError, OSError):
                     made_by = Run(file.parent).recorded().get("made_by", {})

@@ -13,7 +13,7 @@ from rich.console import Console
 from scipy.special import stdtrit
 
 from .. import report
-from ..evaluate import Report
+from ..engine.evaluate import Report
 from ..recipes import (
     CELLS,
     COMPARED,

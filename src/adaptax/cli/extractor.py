@@ -14,12 +14,12 @@ import jax
 import numpy as np
 
 from .. import models, report, tasks
-from ..augment import Augmentation
-from ..fingerprint import fingerprint
-from ..pretrain import Pretraining, check_train, extract, pixels_of, restore, step_count
-from ..pretrain import pretrain as train_classifier
+from ..engine.augment import Augmentation
+from ..engine.fingerprint import fingerprint
+from ..engine.pretrain import Pretraining, check_train, extract, pixels_of, restore, step_count
+from ..engine.pretrain import pretrain as train_classifier
+from ..engine.run import Run, differences
 from ..recipes import schema
-from ..run import Run, differences
 from ..task import Model, Splits
 from ..tasks.bank import NAMES
 from ..tasks.embedding_archive import read_archive

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from .. import io
-from ..fingerprint import processor
+from ..engine.fingerprint import processor
 
 
 def facts() -> dict[str, Any]:

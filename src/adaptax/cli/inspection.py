@@ -20,9 +20,9 @@ from jaxtyping import Array
 from rich.table import Table
 
 from .. import io, metrics
+from ..engine.run import Run
 from ..learner import Meta
 from ..recipes import ENVIRONMENTS, REGRESSIONS, Experiment, changed, effective
-from ..run import Run
 from ..task import Batch
 from ..tasks import images, sources
 from ..tasks.episodes import Design

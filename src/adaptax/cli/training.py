@@ -19,8 +19,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from .. import report
-from ..evaluate import Report, predict
-from ..fingerprint import fingerprint
+from ..engine.evaluate import Report, predict
+from ..engine.fingerprint import fingerprint
+from ..engine.run import Run, differences
+from ..engine.train import fit as ax_fit
 from ..learner import Meta
 from ..recipes import (
     BODIES,
@@ -35,9 +37,7 @@ from ..recipes import (
 )
 from ..report import frames, returns
 from ..rl import Returns
-from ..run import Run, differences
 from ..task import Batch, Model, Splits
-from ..train import fit as ax_fit
 from . import settings
 from .commands import RecipesRun, Train
 from .console import Interrupted, consoles, free_folder, save_figure

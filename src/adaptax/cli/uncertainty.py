@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import io, metrics, report
-from ..evaluate import Report
+from ..engine.evaluate import Report
+from ..engine.run import Run
 from ..recipes import (
     COMPARED_ON,
     CURVES,
@@ -28,7 +29,6 @@ from ..recipes import (
     with_noise,
 )
 from ..report import calibration, number, uncertainty
-from ..run import Run
 from ..task import episode_key
 from ..tasks.lines import SinusoidOrLine
 from . import settings

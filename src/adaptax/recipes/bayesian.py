@@ -16,7 +16,7 @@ import equinox as eqx
 import jax
 
 from .. import tree
-from ..evaluate import Evaluator
+from ..engine.evaluate import Evaluator
 from ..learner import Meta
 from ..task import Splits
 from .experiment import Experiment, changed

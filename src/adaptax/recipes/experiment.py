@@ -20,12 +20,12 @@ from .. import inner, io, models, rl, tree
 from ..algorithms.checkpoint_ensemble import CheckpointEnsemble
 from ..algorithms.gaussian import Gaussian, gamma_prior
 from ..algorithms.leo import LEORegression
-from ..evaluate import Evaluator
+from ..engine.evaluate import Evaluator
+from ..engine.run import Run
+from ..engine.train import Outer, Result, best_of, fit, initial_state
 from ..learner import Meta, MetaLearner
 from ..losses import Loss
-from ..run import Run
 from ..task import Model, Source, Splits, TaskDistribution
-from ..train import Outer, Result, best_of, fit, initial_state
 from . import schema
 from .names import (
     ACTIVATIONS,

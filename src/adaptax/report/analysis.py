@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
 from rich.table import Table
 
-from ..analysis.taylor import Expansion
+from ..studies.taylor import Expansion
 from .style import COLOURS, MARKERS, canvas, styled
 from .tables import number
 

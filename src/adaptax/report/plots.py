@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..evaluate import Report
-from ..scoring import known_sign
+from ..engine.evaluate import Report
+from ..engine.scoring import known_sign
 from .style import COLOURS, MARKERS, METRICS, canvas, scale, styled
 
 

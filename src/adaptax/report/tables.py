@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..evaluate import Report
+from ..engine.evaluate import Report
 from ..rl import Returns
 from .style import scale
 

@@ -17,9 +17,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from .. import program
-from ..analysis.active import ActiveCurves
-from ..evaluate import learned_noise, predict
+from ..engine.evaluate import learned_noise, predict
 from ..learner import Meta, MetaLearner
+from ..studies.active import ActiveCurves
 from ..task import Batch, HostTaskDistribution, Model, Task, TaskDistribution
 from ..tasks import score_readings
 from .style import COLOURS, MARKERS, METRICS, canvas, scale, styled

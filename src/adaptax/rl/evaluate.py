@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PRNGKeyArray
 
 from .. import io, metrics, program, roles, tree
+from ..engine.mapping import everywhere, local_mesh, map_over
 from ..learner import Meta, MetaLearner
-from ..mapping import everywhere, local_mesh, map_over
 from ..task import episode_key
 from .rollout import Tasks
 

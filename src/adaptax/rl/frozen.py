@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key, PRNGKeyArray, PyTree
 
 from .. import inner, roles, tree
+from ..engine.mapping import Mapping, chunk_size
 from ..learner import Meta, MetaLearner
-from ..mapping import Mapping, chunk_size
 from ..task import Batch, Model, Source, Task
 
 

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .. import tree
+from ..engine.mapping import Across, Mapping, over_devices, sum_over, task_count
 from ..learner import Meta, MetaLearner
-from ..mapping import Across, Mapping, over_devices, sum_over, task_count
 from ..task import Batch, Model, Task
 from .advantages import masked_mean
 from .frozen import adapt, collect_all, returns
@@ -34,7 +34,7 @@ class PPO(eqx.Module):
         epochs: steps of it a meta-iteration.
         clip: ε.
         mapping: over tasks, of all but the roll-outs, which run together; see
-            `adaptax.mapping.Mapping`.
+            `adaptax.engine.mapping.Mapping`.
     """
 
     optimizer: optax.GradientTransformation | None = eqx.field(static=True, default=None)

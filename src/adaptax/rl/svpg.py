@@ -16,9 +16,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from .. import inner, svgd, tree
 from ..algorithms import particles
 from ..algorithms.maml import MAML
+from ..engine.mapping import Across, over_devices, task_count
 from ..learner import Ensemble, Meta, MetaLearner
 from ..losses import Loss
-from ..mapping import Across, over_devices, task_count
 from ..task import Batch, Model, Source, Task
 from .frozen import collect_all
 from .policies import Policies

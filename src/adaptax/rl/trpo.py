@@ -14,9 +14,17 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .. import roles, tree
+from ..engine.mapping import (
+    Across,
+    Mapping,
+    chunk_size,
+    map_over,
+    over_devices,
+    sum_over,
+    task_count,
+)
 from ..learner import Meta, MetaLearner
 from ..losses import Loss
-from ..mapping import Across, Mapping, chunk_size, map_over, over_devices, sum_over, task_count
 from ..task import Batch, Task
 from .advantages import masked_mean
 from .frozen import Collected, adapt, collect_all, returns
@@ -55,7 +63,7 @@ class TRPO(eqx.Module):
         max_backtracks: trial steps, the full one included.
         objective: L, of adapted policy and D'.
         mapping: over tasks, of all but the roll-outs, which run together; see
-            `adaptax.mapping.Mapping`.
+            `adaptax.engine.mapping.Mapping`.
     """
 
     max_kl: float = eqx.field(static=True, default=0.01)
@@ -113,7 +121,7 @@ class TRPO(eqx.Module):
         return eqx.combine(trained, meta), state, value, metrics
 
     def on_device(self, across: Across, common: PyTree, mine: PyTree) -> PyTree:
-        """The step, as `adaptax.mapping.over_devices` calls it on each device.
+        """The step, as `adaptax.engine.mapping.over_devices` calls it on each device.
 
         Args:
             across: averages over devices.

@@ -14,9 +14,9 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 import jax.numpy as jnp
 
-from . import io
+from .. import io
+from ..process import lock
 from .fingerprint import UNKNOWN
-from .process import lock
 
 Resume = bool | Literal["auto"]
 """Go on with a run; `"auto"`: if there is one, and begin it if there is none."""

@@ -22,16 +22,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from . import batch_norm, feed, io, program, roles, tree
+from .. import batch_norm, io, program, roles, tree
+from ..conv import fast
+from ..models.residual import convolve_in
+from ..process import check_not_forked, interruptible
+from ..task import Model, TaskDistribution
+from ..tasks.episodes import Design, Episodes, StreamedEpisodes
+from . import feed
 from .augment import Augmentation
-from .conv import fast
 from .fingerprint import fingerprint, made_by, settings
 from .mapping import everywhere, local_mesh
-from .models.residual import convolve_in
-from .process import check_not_forked, interruptible
 from .run import Facts, Resume, Run, as_run, lets_go
-from .task import Model, TaskDistribution
-from .tasks.episodes import Design, Episodes, StreamedEpisodes
 
 Precision = Literal["auto", "float32", "bfloat16"]
 """Of the convolutions of the residual networks: `"auto"` is bfloat16 on accelerators, float32 on a

@@ -15,11 +15,12 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from .. import feed, io, program, roles, tree
+from .. import io, program, roles, tree
 from ..algorithms.maml import MAML
 from ..algorithms.reptile import Reptile
+from ..engine import feed
+from ..engine.mapping import meta_value_and_grad
 from ..learner import MetaLearner
-from ..mapping import meta_value_and_grad
 from ..task import Batch, Minibatches, Model, Task, TaskDistribution
 
 RATES = (8e-4, 4e-4, 2e-4, 1e-4)

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from . import feed, io, metrics, program, roles, scoring, tree
-from .conv import FastPath, fast
-from .learner import Ensemble, Meta, MetaLearner
+from .. import io, metrics, program, roles, tree
+from ..conv import FastPath, fast
+from ..learner import Ensemble, Meta, MetaLearner
+from ..task import Model, Splits, TaskDistribution
+from . import feed, scoring
 from .mapping import Mapping, chunk_size, with_fast_path
 from .scoring import Scores, Select
-from .task import Model, Splits, TaskDistribution
 
 DIVERGED = 10.0
 """A regression task counts as diverged when its error after adaptation is not finite, or is so
@@ -183,7 +184,7 @@ def evaluate(
 ) -> Report:
     """Adapt to each of 600 tasks and score the predictions on its queries.
 
-    Which metrics that are follows from the loss; see `adaptax.scoring`.
+    Which metrics that are follows from the loss; see `adaptax.engine.scoring`.
 
     Episode i depends on the key, the split and i alone: every learner sees the same ones.
 
@@ -223,7 +224,7 @@ class Evaluator:
         select: the metric that the report's `score` is of, by which `fit` selects: such as `"nll"`
             where it counts how sure a prediction is; the primary one if `None`. For a metric whose
             name does not tell whether more is better, `("name", "max")` or `("name", "min")`.
-        mapping: how to map over episodes; see `adaptax.mapping.Mapping`.
+        mapping: how to map over episodes; see `adaptax.engine.mapping.Mapping`.
         fast_path: see `adaptax.conv.fast`.
         watch: called with the number of episodes done.
     """

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
-from . import tree
-from .learner import Functional
+from .. import tree
+from ..learner import Functional
 
 KEY = "random.key"
 """Where a model keeps its key: a name that no submodule can have."""

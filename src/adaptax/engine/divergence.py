@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from . import feed, tree, watch
-from .learner import MetaLearner
+from .. import tree, watch
+from ..learner import MetaLearner
+from ..task import Batch, TaskDistribution
+from . import feed
 from .mapping import meta_gradient, task_gradient
-from .task import Batch, TaskDistribution
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from .. import feed, io, metrics, roles
-from ..evaluate import predict
+from .. import io, metrics, roles
+from ..engine import feed
+from ..engine.evaluate import predict
+from ..engine.mapping import Mapping, chunk_size, with_fast_path
 from ..learner import Meta, MetaLearner
-from ..mapping import Mapping, chunk_size, with_fast_path
 from ..task import Batch, Splits, Task, TaskDistribution
 
 STRATEGIES = ("random", "entropy", "disagreement")
@@ -168,7 +169,7 @@ def active_learning(
         episodes: how many.
         key: names the episodes, and all randomness.
         noise: standard deviation of real targets that their `nll` assumes; no choice depends on it.
-        mapping: how to map over episodes; see `adaptax.mapping.Mapping`.
+        mapping: how to map over episodes; see `adaptax.engine.mapping.Mapping`.
         watch: called with the number of episodes done.
 
     Raises:

@@ -15,10 +15,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from . import roles, tree
-from .conv import FastPath, fast
-from .learner import Meta, MetaLearner
-from .task import Task
+from .. import roles, tree
+from ..conv import FastPath, fast
+from ..learner import Meta, MetaLearner
+from ..task import Task
 
 Mapping = Literal["auto", "scan", "vmap"] | int
 """How to map over tasks: one after another, all at once, or in chunks of n.

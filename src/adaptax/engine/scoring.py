@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from . import losses, metrics
-from .learner import Ensemble
-from .losses import Loss
-from .task import Batch, Model
+from .. import losses, metrics
+from ..learner import Ensemble
+from ..losses import Loss
+from ..task import Batch, Model
 
 Scores = Callable[[Any, Any], Mapping[str, Array]]
 """Scores of one's own: `f(predictions, targets) -> {name: scalar}` for the queries of one task."""

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 from jaxtyping import Array, Integer, PRNGKeyArray, PyTree
 
-from . import program
-from .task import HostTaskDistribution, Task, TaskDistribution, episode_key
+from .. import program
+from ..task import HostTaskDistribution, Task, TaskDistribution, episode_key
 
 
 def load(tasks: TaskDistribution, key: PRNGKeyArray, episodes: Integer[Array, " *shape"]) -> PyTree:

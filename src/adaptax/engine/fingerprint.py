@@ -33,7 +33,7 @@ import numpy as np
 
 INSTALLED = (
     *(str(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib")),
-    str(Path(__file__).parent),
+    str(Path(__file__).parents[1]),
 )
 """Functions and classes from there count by their names."""
 

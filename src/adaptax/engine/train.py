@@ -19,12 +19,15 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from . import feed, program, roles, tree
-from .conv import FastPath
+from .. import program, roles, tree
+from ..conv import FastPath
+from ..learner import Meta, MetaLearner
+from ..process import check_not_forked, interruptible
+from ..task import Model, Splits, Task, TaskDistribution
+from . import feed
 from .divergence import Cause, diagnose
 from .evaluate import Evaluator
 from .fingerprint import fingerprint, made_by, settings
-from .learner import Meta, MetaLearner
 from .mapping import (
     Mapping,
     chunk_size,
@@ -33,9 +36,7 @@ from .mapping import (
     meta_gradient,
     with_fast_path,
 )
-from .process import check_not_forked, interruptible
 from .run import Facts, Resume, Run, as_run, differences, lets_go
-from .task import Model, Splits, Task, TaskDistribution
 
 
 class TrainingDiverged(FloatingPointError):
@@ -126,7 +127,7 @@ class Outer(Protocol):
             tasks: a meta-batch; arrays lead with the task axis.
             key: all the randomness there is.
             progress: in `[0, 1]`, how far meta-training has come.
-            mesh: of devices to share the tasks among; see `adaptax.mapping.over_devices`.
+            mesh: of devices to share the tasks among; see `adaptax.engine.mapping.over_devices`.
         """
         ...
 
@@ -182,7 +183,7 @@ def fit(
         run: folder for checkpoints, metrics and TensorBoard events.
         resume: continue the run in that folder; `"auto"`: if there is one, else begin it.
         chunk: meta-steps in one compiled program; by default 500 of light tasks or 20 of heavy.
-        mapping: how to map over tasks; see `adaptax.mapping.Mapping`.
+        mapping: how to map over tasks; see `adaptax.engine.mapping.Mapping`.
         devices: local devices to share the meta-batch, a divisor of it; by default as many as
             divide it for heavy tasks or with `outer`, and one for light ones.
         fast_path: see `adaptax.conv.fast`.

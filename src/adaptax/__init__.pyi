@@ -1,0 +1,116 @@
+"""The public names, and where they are; `__init__.py` imports each when it is asked for."""
+
+from . import (
+    batch_norm,
+    conv,
+    inner,
+    io,
+    losses,
+    metrics,
+    models,
+    report,
+    rl,
+    roles,
+    studies,
+    svgd,
+    tasks,
+    testing,
+    tree,
+)
+from .algorithms.baselines import NearestClassMean, RidgeRegression
+from .algorithms.bmaml import BayesianMAML
+from .algorithms.checkpoint_ensemble import CheckpointEnsemble
+from .algorithms.gaussian import Gaussian, gamma_prior, gaussian_nll
+from .algorithms.leo import LEO, LEORegression
+from .algorithms.maml import ANIL, FOMAML, MAML, MetaSGD
+from .algorithms.maml_ensemble import MAMLEnsemble
+from .algorithms.maml_plus_plus import MAMLPlusPlus
+from .algorithms.platipus import PLATIPUS, ProbabilisticMAML
+from .algorithms.reptile import Reptile
+from .engine.augment import Augmentation
+from .engine.evaluate import Evaluator, Report, evaluate, predict
+from .engine.mapping import meta_value_and_grad
+from .engine.pretrain import Pretraining, extract, pretrain
+from .engine.run import Run
+from .engine.train import Outer, Result, TrainingDiverged, fit
+from .io import load, save
+from .learner import Batched, Ensemble, Functional, MetaLearner
+from .losses import Loss
+from .models.bridge import from_torch, to_torch
+from .task import (
+    Batch,
+    HostTaskDistribution,
+    Minibatches,
+    Source,
+    Splits,
+    Task,
+    TaskDistribution,
+)
+
+__version__: str
+
+__all__ = [
+    "ANIL",
+    "FOMAML",
+    "LEO",
+    "MAML",
+    "PLATIPUS",
+    "Augmentation",
+    "Batch",
+    "Batched",
+    "BayesianMAML",
+    "CheckpointEnsemble",
+    "Ensemble",
+    "Evaluator",
+    "Functional",
+    "Gaussian",
+    "HostTaskDistribution",
+    "LEORegression",
+    "Loss",
+    "MAMLEnsemble",
+    "MAMLPlusPlus",
+    "MetaLearner",
+    "MetaSGD",
+    "Minibatches",
+    "NearestClassMean",
+    "Outer",
+    "Pretraining",
+    "ProbabilisticMAML",
+    "Report",
+    "Reptile",
+    "Result",
+    "RidgeRegression",
+    "Run",
+    "Source",
+    "Splits",
+    "Task",
+    "TaskDistribution",
+    "TrainingDiverged",
+    "batch_norm",
+    "conv",
+    "evaluate",
+    "extract",
+    "fit",
+    "from_torch",
+    "gamma_prior",
+    "gaussian_nll",
+    "inner",
+    "io",
+    "load",
+    "losses",
+    "meta_value_and_grad",
+    "metrics",
+    "models",
+    "predict",
+    "pretrain",
+    "report",
+    "rl",
+    "roles",
+    "save",
+    "studies",
+    "svgd",
+    "tasks",
+    "testing",
+    "to_torch",
+    "tree",
+]
