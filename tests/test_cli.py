@@ -24,7 +24,7 @@ from safetensors import safe_open
 import adaptax
 from adaptax.cli import ablation, commands, comparison, main, options
 from adaptax.cli.app import _share_cores
-from adaptax.cli.inspection import image_format, load
+from adaptax.cli.inspection import image_format
 from adaptax.cli.progress import Watcher, watching
 from adaptax.engine.run import Run
 from adaptax.recipes import ALGORITHMS, RECIPES, TASKS, Experiment, bayesian, book, changed
@@ -214,7 +214,8 @@ def test_predict(image_run, here, capsys):
     result = json.loads(capsys.readouterr().out)
     assert result["classes"] == ["c0", "c1", "c2"]
     assert [row["file"] for row in result["predictions"]][:2] == ["c0/0.png", "c0/1.png"]
-    experiment, meta, _, _ = load(str(image_run))
+    run = adaptax.load_run(image_run)
+    experiment, meta = run.experiment, run.meta
     learner = experiment.build_learner()
     model = learner.adapt(meta, episode.support, key=jax.random.key(0))
     logits = adaptax.predict(model, episode.query.x, episode.support.x, transductive=False)
@@ -321,7 +322,7 @@ def test_a_run_starts_from_another(sine_run, here, capsys):
              "--episodes", "4", "--set", "network.mlp=[8]", "--run", "warm"]  # fmt: skip
     assert main([*words, "--set", "learner.samples=2", "--set", "learner.kl_weight=0"]) == 0
     capsys.readouterr()
-    of_maml, of_platipus = load(str(sine_run))[1], load("warm")[1]
+    of_maml, of_platipus = adaptax.load_run(sine_run).meta, adaptax.load_run("warm").meta
     moved = np.abs(np.asarray(of_platipus["mean"].head.weight - of_maml.head.weight))
     assert moved.max() < 0.01  # two steps of Adam, 1e-3, from there
     assert main(words) == 2
@@ -457,7 +458,7 @@ def test_the_untrained_network_is_scored_on_the_same_episodes(sine_run, capsys):
         result = json.loads(capsys.readouterr().out)
         curve += [row["mse"] for row in result["curve"]]
     assert result["meta_step"] == 20
-    experiment = load(str(sine_run))[0]
+    experiment = adaptax.load_run(sine_run).experiment
     splits = experiment.splits(test=True)
     direct = experiment.test(experiment.model(), splits)
     np.testing.assert_allclose(before, [direct.mean("mse", i) for i in range(len(before))])
@@ -788,7 +789,8 @@ def test_predict_of_fewer_classes_is_that_of_a_smaller_head(image_run, here, cap
     words = ["predict", str(image_run), "--support", "support", "--query", "query"]
     assert main([*words, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    experiment, meta, _, _ = load(str(image_run))
+    run = adaptax.load_run(image_run)
+    experiment, meta = run.experiment, run.meta
     head = meta.head
     smaller = eqx.tree_at(
         lambda m: (m.head.weight, m.head.bias), meta, (head.weight[:, :2], head.bias[:2])

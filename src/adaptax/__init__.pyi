@@ -37,6 +37,7 @@ from .io import load, save
 from .learner import Batched, Ensemble, Functional, MetaLearner
 from .losses import Loss
 from .models.bridge import from_torch, to_torch
+from .recipes.runs import LoadedRun, load_run
 from .task import (
     Batch,
     HostTaskDistribution,
@@ -66,6 +67,7 @@ __all__ = [
     "Gaussian",
     "HostTaskDistribution",
     "LEORegression",
+    "LoadedRun",
     "Loss",
     "MAMLEnsemble",
     "MAMLPlusPlus",
@@ -97,6 +99,7 @@ __all__ = [
     "inner",
     "io",
     "load",
+    "load_run",
     "losses",
     "meta_value_and_grad",
     "metrics",

@@ -18,6 +18,11 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+
+class Interrupted(Exception):
+    """Ctrl-C, with what it says on the way out: how to resume."""
+
+
 _forked = False
 _locks: set[IO[str]] = set()
 

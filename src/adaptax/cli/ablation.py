@@ -10,12 +10,13 @@ from rich.console import Console
 
 from .. import report
 from ..engine.evaluate import Report
+from ..process import Interrupted
 from ..recipes import ROWS, Experiment, ablated, changed
+from ..recipes.runs import Trained, fit_or_resume
 from .commands import Ablate
-from .console import Interrupted, consoles, free_folder, save_figure
+from .console import consoles, free_folder, save_figure
 from .facts import command, dump, facts, keep
-from .progress import scoring
-from .training import Trained, fit_or_go_on
+from .progress import Shown, scoring
 
 UNVERIFIED = "the paper's numbers are quoted from memory, unverified"
 
@@ -80,10 +81,15 @@ def _experiments(asked: Ablate) -> dict[str, Experiment]:
 
 
 def _score(
-    row: str, experiment: Experiment, asked: Ablate, path: Path, go_on: str, console: Console
+    row: str,
+    experiment: Experiment,
+    asked: Ablate,
+    path: Path,
+    go_on: str,
+    console: Console,
 ) -> Scored:
-    trained = fit_or_go_on(
-        experiment, path / row, go_on, console, data_root=asked.data_root,
+    trained = fit_or_resume(
+        experiment, path / row, go_on, Shown(console), data_root=asked.data_root,
         validate_every=max(experiment.steps // 10, 1),
     )  # fmt: skip
     reports = []

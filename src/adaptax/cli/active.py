@@ -10,13 +10,13 @@ from rich.table import Table
 
 from .. import report
 from ..recipes import ENVIRONMENTS, TITLES, changed
+from ..recipes.runs import load_run
 from ..report.uncertainty import active_curves
 from ..studies.active import ActiveCurves, active_learning
 from ..text import shown
 from .commands import AnalyzeActive
 from .console import consoles, free_folder, save_figure
 from .facts import command, dump, facts, keep
-from .inspection import load
 from .progress import scoring
 from .settings import with_settings
 
@@ -27,8 +27,8 @@ def active(asked: AnalyzeActive) -> None:
     curves: dict[str, ActiveCurves] = {}
     families = set()
     for folder in asked.runs:
-        experiment, meta, _, config = load(folder)
-        experiment = with_settings(experiment, asked.set)
+        run = load_run(folder, data_root=asked.data_root)
+        experiment = with_settings(run.experiment, asked.set)
         if experiment.tasks in ENVIRONMENTS:
             raise ValueError(f"{folder} is of {experiment.tasks}, where there are no labels to ask")
         families.add(experiment.tasks)
@@ -43,14 +43,15 @@ def active(asked: AnalyzeActive) -> None:
         )
         if asked.query is not None:
             pooled = changed(pooled, {"test_task": {"query": asked.query, "train_query": None}})
-        splits = pooled.splits(asked.data_root or config.get("data_root"), test=True)
+        splits = pooled.splits(run.config["data_root"], test=True)
         tasks = splits.test if asked.split == "test" else splits.val
         name = TITLES[experiment.algorithm]
         name = name if name not in curves else f"{name} ({shown(folder)})"
         noise = experiment.evaluation.get("noise", 1.0)
         with scoring(f"{name}, active", asked.episodes, progress) as watch:
             curves[name] = active_learning(
-                experiment.build_learner(), meta, tasks, start=asked.start, queries=asked.labels,
+                experiment.build_learner(), run.meta, tasks,
+                start=asked.start, queries=asked.labels,
                 episodes=asked.episodes, key=jax.random.key(2**31 + asked.seed),
                 noise=noise if isinstance(noise, float) else 1.0, watch=watch,
                 strategies=asked.strategies, at_once=asked.at_once,

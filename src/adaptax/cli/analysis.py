@@ -23,7 +23,9 @@ from ..algorithms.reptile import Reptile
 from ..engine.run import Run
 from ..learner import Functional, MetaLearner
 from ..losses import Loss
+from ..process import Interrupted
 from ..recipes import Experiment
+from ..recipes.runs import new_config
 from ..report import analysis as report
 from ..studies.gradients import (
     ARMS,
@@ -38,11 +40,10 @@ from ..studies.gradients import (
 from ..studies.taylor import RATES, Expansion, taylor_coefficients
 from ..task import Model, Splits, TaskDistribution
 from .commands import AnalyzeGradients, AnalyzeTaylor
-from .console import Interrupted, consoles, free_folder
+from .console import consoles, free_folder
 from .facts import command, dump, facts, keep
 from .progress import scoring, watching
 from .settings import or_else
-from .training import new_config
 
 STEPS = {"combinations": 2_000, "overlap": 1_000}
 """Outer iterations of the short versions."""
@@ -97,7 +98,12 @@ def gradients(asked: AnalyzeGradients) -> None:
         inside = overlapping([row["inner_steps"] for row in rows])
         name, figure = "overlap", report.overlap(rows, inside)
     experiment = arms[0].experiment
-    result = {"study": asked.study, "steps": experiment.steps, "rows": rows, "command": go_on}
+    result = {
+        "study": asked.study,
+        "steps": experiment.steps,
+        "rows": rows,
+        "command": go_on,
+    }
     result |= facts()
     _write(path, name, result, figure)
     if asked.json:
@@ -191,7 +197,12 @@ def _distinct(arms: list[Arm]) -> list[Arm]:
 
 
 def _row(
-    arm: Arm, asked: AnalyzeGradients, splits: Splits, folder: Path, go_on: str, console: Console
+    arm: Arm,
+    asked: AnalyzeGradients,
+    splits: Splits,
+    folder: Path,
+    go_on: str,
+    console: Console,
 ) -> dict[str, Any]:
     """Train and test, as far as the folder does not hold the outcome."""
     experiment, run, file = arm.experiment, Run(folder), folder / "test.json"

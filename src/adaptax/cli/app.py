@@ -15,8 +15,9 @@ from typing import Any
 
 import jax
 
+from ..process import Interrupted
 from ..text import shown
-from .console import Interrupted, say
+from .console import say
 from .parsing import parse
 
 HOST_DEVICES = "--xla_force_host_platform_device_count"

@@ -14,6 +14,7 @@ from scipy.special import stdtrit
 
 from .. import report
 from ..engine.evaluate import Report
+from ..process import Interrupted
 from ..recipes import (
     CELLS,
     COMPARED,
@@ -25,12 +26,13 @@ from ..recipes import (
     changed,
     comparable,
 )
+from ..recipes.runs import Trained, fit_or_resume
 from . import reinforcement, settings, uncertainty
 from .commands import Compare
-from .console import Interrupted, consoles, free_folder, save_figure
+from .console import consoles, free_folder, save_figure
 from .facts import command, dump, facts, keep
-from .progress import scoring
-from .training import PICTURED, Trained, fit_or_go_on
+from .progress import Shown, scoring
+from .training import PICTURED
 
 STEPS = {"sinusoid": 70_000, "glyphs": 300}
 EPISODES = {"sinusoid": 2_000, "glyphs": 150}
@@ -119,15 +121,25 @@ def _experiments(asked: Compare) -> dict[str, Experiment]:
 
 
 def _entry(
-    name: str, experiment: Experiment, asked: Compare, path: Path, go_on: str, console: Console
+    name: str,
+    experiment: Experiment,
+    asked: Compare,
+    path: Path,
+    go_on: str,
+    console: Console,
 ) -> Entry:
     trained, reports = [], []
     for seed in range(asked.seeds):
         one = dataclasses.replace(experiment, seed=seed)
         folder = path / (name if asked.seeds == 1 else f"{name}-seed{seed}")
         every = None if asked.tasks == "sinusoid" else max(one.steps // 4, 1)
-        result = fit_or_go_on(
-            one, folder, go_on, console, data_root=asked.data_root, validate_every=every
+        result = fit_or_resume(
+            one,
+            folder,
+            go_on,
+            Shown(console),
+            data_root=asked.data_root,
+            validate_every=every,
         )
         trained.append(result)
         reports.append(_report(result, console))

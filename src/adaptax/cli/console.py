@@ -15,10 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Interrupted(Exception):
-    """Ctrl-C, with what it says on the way out: how to go on."""
-
-
 class Plain(Console):
     """A console on which text is text: no markup, no emoji codes, control characters escaped."""
 

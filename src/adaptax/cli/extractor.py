@@ -19,17 +19,18 @@ from ..engine.fingerprint import fingerprint
 from ..engine.pretrain import Pretraining, check_train, extract, pixels_of, restore, step_count
 from ..engine.pretrain import pretrain as train_classifier
 from ..engine.run import Run, differences
+from ..process import Interrupted
 from ..recipes import schema
+from ..recipes.runs import nothing_half_written
 from ..task import Model, Splits
 from ..tasks.bank import NAMES
 from ..tasks.embedding_archive import read_archive
 from ..tasks.embeddings import write
 from ..tasks.sources import DataError
-from .console import Interrupted, consoles, free_folder, save_figure
+from .console import consoles, free_folder, save_figure
 from .facts import dump, facts, keep
 from .pretraining import BACKBONES, DATA, Embed, Pretrain
 from .progress import scoring, watching
-from .training import nothing_half_written
 
 VERSION = 1
 """Of config.json."""

@@ -20,9 +20,8 @@ from jaxtyping import Array
 from rich.table import Table
 
 from .. import io, metrics
-from ..engine.run import Run
-from ..learner import Meta
 from ..recipes import ENVIRONMENTS, REGRESSIONS, Experiment, changed, effective
+from ..recipes.runs import adapt_and_predict, load_run
 from ..task import Batch
 from ..tasks import images, sources
 from ..tasks.episodes import Design
@@ -33,63 +32,61 @@ from .commands import Evaluate, Predict
 from .console import consoles
 from .facts import dump
 from .progress import scoring
-from .training import adapt_and_predict, experiment_in, show
+from .training import show
 
 
-def evaluate(asked: Evaluate) -> None:
+def evaluate(options: Evaluate) -> None:
     """`adaptax evaluate`."""
-    out, progress = consoles()
-    if asked.untrained and asked.ensemble:
+    out, console = consoles()
+    if options.untrained and options.ensemble:
         raise ValueError("--untrained is of one network; leave out --ensemble")
-    experiment, meta, step, config = load(asked.run, ensemble=asked.ensemble)
-    if asked.untrained:
-        meta, step = experiment.untrained(), 0
-    root = asked.data_root if asked.data_root is not None else config.get("data_root")
-    how: dict[str, Any] = {"transductive": asked.transductive, "ensemble": asked.ensemble}
-    if asked.episodes is not None:
-        how["episodes"] = asked.episodes
-    if asked.steps is not None:
-        how |= {"steps": asked.steps, "at": None}
-    episodes = how.get("episodes", experiment.episodes)
-    splits = experiment.splits(root, test=True)
-    with scoring(asked.split, episodes, progress) as watch:
-        scores = experiment.test(meta, splits, split=asked.split, watch=watch, **how)
-    if asked.json:
-        print(dump({**scores.to_json(), "run": asked.run, "meta_step": step}))
+    run = load_run(options.run, data_root=options.data_root)
+    run = run.untrained() if options.untrained else run
+    how: dict[str, Any] = {"transductive": options.transductive}
+    if options.episodes is not None:
+        how["episodes"] = options.episodes
+    if options.steps is not None:
+        how |= {"steps": options.steps, "at": None}
+    episodes = how.get("episodes", run.experiment.episodes)
+    with scoring(options.split, episodes, console) as watch:
+        scores = run.evaluate(split=options.split, ensemble=options.ensemble, watch=watch, **how)
+    if options.json:
+        print(dump({**scores.to_json(), "run": options.run, "meta_step": run.step}))
         return
-    show(scores, out, f"{asked.run}, meta-step {step:,}")
+    show(scores, out, f"{options.run}, meta-step {run.step:,}")
 
 
-def predict(asked: Predict) -> None:
+def predict(options: Predict) -> None:
     """`adaptax predict`."""
-    experiment, meta, _, _ = load(asked.run)
+    run = load_run(options.run)
+    experiment = run.experiment
     if ("conv4" not in experiment.network and "mlp" not in experiment.network) or (
         experiment.tasks in (*REGRESSIONS, *ENVIRONMENTS, "circles")
     ):
         raise ValueError(
-            f"{asked.run} was trained on {experiment.tasks}; predict wants a run on images"
+            f"{options.run} was trained on {experiment.tasks}; predict wants a run on images"
         )
-    table = None if asked.out is None else _table_format(Path(asked.out))
-    form = image_format(experiment, asked.invert)
-    x, y, classes = _support(Path(asked.support), form)
-    experiment = _for_classes(experiment, len(classes), asked.support)
-    names, queries = _queries(asked.query, form)
-    if asked.steps is not None:
-        learner = {**experiment.learner, _steps_name(experiment): asked.steps}
+    table = None if options.out is None else _table_format(Path(options.out))
+    form = image_format(experiment, options.invert)
+    x, y, classes = _support(Path(options.support), form)
+    experiment = _for_classes(experiment, len(classes), options.support)
+    names, queries = _queries(options.query, form)
+    if options.steps is not None:
+        learner = {**experiment.learner, _steps_name(experiment): options.steps}
         experiment = dataclasses.replace(experiment, learner=learner, evaluation={})
     logits = adapt_and_predict(
-        experiment, meta, Batch(x, y), queries, asked.transductive, len(classes)
+        experiment, run.meta, Batch(x, y), queries, options.transductive, len(classes)
     )
     if not bool(jnp.isfinite(logits).all()):
         raise ValueError(
-            f"adaptation to {asked.support} diverged, and the predictions are not finite; take "
+            f"adaptation to {options.support} diverged, and the predictions are not finite; take "
             "fewer --steps"
         )
     rows = _rows(names, classes, logits)
     if table is not None:
-        io.write_atomic(Path(asked.out or ""), table(rows))
-    if asked.json:
-        print(dump({"run": asked.run, "classes": classes, "transductive": asked.transductive,
+        io.write_atomic(Path(options.out or ""), table(rows))
+    if options.json:
+        print(dump({"run": options.run, "classes": classes, "transductive": options.transductive,
                     "predictions": rows}))  # fmt: skip
         return
     shown_table = Table()
@@ -101,7 +98,7 @@ def predict(asked: Predict) -> None:
     out = consoles()[0]
     out.print(shown_table)
     if table is not None:
-        out.print(f"predictions: {shown(asked.out)}", soft_wrap=True)
+        out.print(f"predictions: {shown(options.out)}", soft_wrap=True)
 
 
 def _for_classes(experiment: Experiment, count: int, support: str) -> Experiment:
@@ -182,26 +179,6 @@ def _table_format(file: Path) -> Callable[[list[dict[str, Any]]], bytes]:
                                  "or .json instead")  # fmt: skip
             return as_parquet
     raise ValueError(f"--out {shown(file)} should end in .csv, .json or .parquet")
-
-
-def load(path: str, ensemble: bool = False) -> tuple[Experiment, Meta, int, dict[str, Any]]:
-    """A run's experiment, its best meta-parameters and their step, and its configuration.
-
-    For an ensemble, all the meta-parameters that were kept.
-
-    Raises:
-        FileNotFoundError: if there is no run.
-        ValueError: if its files are broken or do not belong together.
-    """
-    run = Run(path)
-    config = run.config()
-    experiment = experiment_in(config, run.path)
-    if ensemble and experiment.keep < 2:
-        raise ValueError(
-            f"{path} kept one checkpoint, which makes no ensemble; train with --keep 3, say"
-        )
-    best, step, kept = experiment.restore(run)
-    return experiment, kept if ensemble else best, step, config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import dataclasses
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from ..recipes.runs import Warn
 from ..report import number
-
-Warn = Callable[[dict[str, Any]], str | None]
 
 
 class Watcher:
@@ -91,6 +91,23 @@ def scoring(title: str, episodes: int, console: Console, unit: str = "episodes")
     with bar:
         task = bar.add_task(title, total=episodes)
         yield lambda done: bar.update(task, completed=done)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """`adaptax.recipes.runs.Progress` on a console."""
+
+    console: Console
+
+    def training(
+        self, title: str, steps: int, warn: Warn | None = None
+    ) -> AbstractContextManager[Watcher]:
+        """Follow a training."""
+        return watching(title, steps, self.console, warn)
+
+    def scoring(self, title: str, episodes: int) -> AbstractContextManager[Any]:
+        """Follow a test."""
+        return scoring(title, episodes, self.console)
 
 
 def _clock(seconds: float) -> str:

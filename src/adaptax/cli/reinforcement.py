@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ..process import Interrupted
 from ..recipes import (
     COMPARED_IN,
     RETURNS,
@@ -16,13 +17,15 @@ from ..recipes import (
     oracle,
     shortened,
 )
+from ..recipes.runs import Trained, fit_or_resume
 from ..report import protocol_line, returns, returns_table
 from ..rl import Returns
 from . import settings
 from .commands import Compare
-from .console import Interrupted, consoles, free_folder, save_figure
+from .console import consoles, free_folder, save_figure
 from .facts import command, dump, facts, keep
-from .training import Trained, behaviour, fit_or_go_on
+from .progress import Shown
+from .training import behaviour
 
 RANDOM, ORACLE = "Random policy", "Oracle"
 STOPPED = "Pretrained, stopped early"
@@ -40,8 +43,8 @@ def compare(asked: Compare) -> None:
     trained: dict[str, Trained] = {}
     try:
         for name, experiment in experiments.items():
-            trained[name] = fit_or_go_on(
-                experiment, path / name.lower(), go_on, progress, data_root=None
+            trained[name] = fit_or_resume(
+                experiment, path / name.lower(), go_on, Shown(progress), data_root=None
             )
         found = {}
         for name, one in trained.items():

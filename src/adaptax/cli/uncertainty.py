@@ -18,6 +18,7 @@ from rich.table import Table
 from .. import io, metrics, report
 from ..engine.evaluate import Report
 from ..engine.run import Run
+from ..process import Interrupted
 from ..recipes import (
     COMPARED_ON,
     CURVES,
@@ -28,15 +29,16 @@ from ..recipes import (
     compared,
     with_noise,
 )
+from ..recipes.runs import Trained, fit_or_resume
 from ..report import calibration, number, uncertainty
 from ..task import episode_key
 from ..tasks.lines import SinusoidOrLine
 from . import settings
 from .commands import Compare
-from .console import Interrupted, consoles, free_folder, save_figure
+from .console import consoles, free_folder, save_figure
 from .facts import command, dump, facts, keep
-from .progress import scoring
-from .training import PICTURED, Trained, fit_or_go_on
+from .progress import Shown, scoring
+from .training import PICTURED
 
 NOISY = "MAML + noise"
 
@@ -123,8 +125,8 @@ def compare(asked: Compare) -> None:
         for name, experiment in experiments.items():
             first = path / "maml"
             copied = experiment.init_from and Run(first).checkpoint_file.exists()
-            trained = fit_or_go_on(
-                experiment, path / name, go_on, progress, data_root=asked.data_root,
+            trained = fit_or_resume(
+                experiment, path / name, go_on, Shown(progress), data_root=asked.data_root,
                 start=first if copied else None,
                 validate_every=max(experiment.steps // 10, 1),
             )  # fmt: skip

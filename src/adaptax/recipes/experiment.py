@@ -197,6 +197,11 @@ class Experiment:
             return None
         return self.task.get("way", 2)
 
+    @property
+    def transductive(self) -> bool:
+        """Whether the test predicts the queries of an episode together."""
+        return self.evaluation.get("transductive", True)
+
     def build_learner(self) -> MetaLearner:
         """The learner.
 

@@ -1,0 +1,496 @@
+"""Runs of experiments in folders: begun, resumed, loaded. Knows no console and no command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from ..engine.evaluate import predict
+from ..engine.fingerprint import fingerprint
+from ..engine.run import Run, differences
+from ..engine.train import fit as ax_fit
+from ..learner import Meta, MetaLearner
+from ..process import Interrupted
+from ..task import Batch, Model, Source, Splits
+from . import schema
+from .experiment import Experiment, changed
+from .names import ENVIRONMENTS, TITLES
+from .reinforcement import BODIES
+
+INIT = "init"
+"""Folder, in that of a run, of the run that it starts from."""
+
+VERSION = 1
+"""Of config.json."""
+
+Warn = Callable[[dict[str, Any]], str | None]
+"""A sentence if something is wrong with a record of training, such as `LEO.collapsed`."""
+
+
+@runtime_checkable
+class Watch(Protocol):
+    """Follows a training."""
+
+    def start(self, step: int) -> object:
+        """Begin at a step, for a resumed run."""
+
+    def __call__(self, record: dict[str, Any], /) -> object:
+        """Show a record."""
+
+
+@runtime_checkable
+class Progress(Protocol):
+    """Shows how far the work is."""
+
+    def training(
+        self, title: str, steps: int, warn: Warn | None = None
+    ) -> AbstractContextManager[Watch]:
+        """Follow a training of so many meta-steps."""
+        ...
+
+    def scoring(self, title: str, episodes: int) -> AbstractContextManager[Callable[[int], object]]:
+        """Follow a test: yields what is told how many episodes are done."""
+        ...
+
+
+class Silent:
+    """Progress that is not shown."""
+
+    def training(
+        self, title: str, steps: int, warn: Warn | None = None
+    ) -> AbstractContextManager[Watch]:
+        """Show nothing."""
+        return nullcontext(_Unseen())
+
+    def scoring(self, title: str, episodes: int) -> AbstractContextManager[Callable[[int], object]]:
+        """Show nothing."""
+        return nullcontext(lambda done: None)
+
+
+class _Unseen:
+    def start(self, step: int) -> None:
+        pass
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A finished training.
+
+    Args:
+        experiment: with the tuned step size, if it had one to tune.
+        meta: the best meta-parameters.
+        kept: the best few, stacked.
+        last: the last.
+        step: the step they are from.
+        steps: meta-steps done.
+        stopped: why training ended.
+        history: its records.
+        test: distributions of the test protocol.
+    """
+
+    experiment: Experiment
+    meta: Meta
+    kept: Meta
+    last: Meta
+    step: int
+    steps: int
+    stopped: str
+    history: list[dict[str, Any]]
+    test: Splits
+
+    @property
+    def seconds(self) -> float:
+        """Of meta-training, validation not counted."""
+        return math.fsum(record["seconds"] for record in self.history)
+
+
+def new_config(
+    experiment: Experiment, data_root: str | None, start: Path | None = None, **training: Any
+) -> dict[str, Any]:
+    """Return the content of config.json: all that a run needs to be resumed or evaluated.
+
+    Args:
+        experiment: what to train.
+        data_root: folder of the data sets.
+        start: folder of the run that it starts from, which is copied; none trains that itself.
+        training: further arguments of `adaptax.fit`, and `None` for those not given.
+    """
+    root = None if data_root is None else os.path.realpath(Path(data_root).expanduser())
+    return {
+        "version": VERSION,
+        "command": shlex.join(["adaptax", *sys.argv[1:]]),
+        "data_root": root,
+        "start": None if start is None else os.path.realpath(start),
+        "training": {name: value for name, value in training.items() if value is not None},
+        "experiment": experiment.to_json(),
+    }
+
+
+def experiment_in(config: dict[str, Any], path: Path) -> Experiment:
+    """Return the experiment of a run, with the step size that was tuned in it.
+
+    Raises:
+        ValueError: if the configuration is not one of ours.
+    """
+    file = path / "config.json"
+    if not isinstance(config, dict) or "experiment" not in config:
+        raise ValueError(f"{file} was not written by `adaptax train`")
+    by_experiment = ("steps", "meta_batch", "keep", "run", "resume")
+    try:
+        for name, kind in (("command", str), ("data_root", str | None), ("start", str | None)):
+            schema.fitting(name, config.get(name), kind)
+        schema.checked("training", config.get("training"), schema.taken(ax_fit, by_experiment))
+        first = Experiment.from_json(config["experiment"])
+        return Experiment.from_json(config["tuned"]) if "tuned" in config else first
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def fit_or_resume(
+    experiment: Experiment,
+    path: str | os.PathLike[str],
+    resume_command: str,
+    progress: Progress | None = None,
+    **config: Any,
+) -> Trained:
+    """Train in a folder, or resume the training that was begun there.
+
+    Args:
+        experiment: what to train.
+        path: the run folder.
+        resume_command: the command that resumes it.
+        progress: shows it; nothing if `None`.
+        config: arguments of `new_config`.
+
+    Raises:
+        ValueError: if the folder holds a run of another experiment.
+    """
+    config = {"data_root": None, **config}
+    return fit(new_config(experiment, **config), Path(path), resume_command, progress)
+
+
+def fit(
+    config: dict[str, Any], path: Path, resume_command: str, progress: Progress | None = None
+) -> Trained:
+    """Train in a folder as its configuration says, up to the choice of the step size.
+
+    Resumes a training of the same experiment that was stopped there, before or after its first
+    checkpoint. Nothing is written before the data are read, and a new folder is left only with a
+    checkpoint.
+
+    Args:
+        config: content of config.json.
+        path: the run folder.
+        resume_command: the command that resumes it.
+        progress: shows it; nothing if `None`.
+
+    Raises:
+        Interrupted: on Ctrl-C, with `resume_command`.
+        ValueError: if the folder holds a run of another experiment, and what `fit` raises.
+        BlockingIOError: if another process works on the folder.
+    """
+    progress = progress or Silent()
+    experiment, run = Experiment.from_json(config["experiment"]), Run(path)
+    _held(run, config)  # complains now, not after the data are read
+    splits = experiment.splits(config["data_root"])
+    test = experiment.splits(config["data_root"], test=True) if experiment.test_task else splits
+    experiment.check(test)
+    title = f"{TITLES[experiment.algorithm]} on {experiment.tasks}"
+    stop = f"interrupted, and saved in {path}; go on with: {resume_command}"
+    with nothing_half_written(run), run:
+        config = _held(run, config)
+        run.write_config(config)
+        start = _start(experiment, config, path, resume_command, progress)
+        warn = getattr(experiment.build_learner(), "collapsed", None)
+        with progress.training(title, experiment.steps, warn) as watch:
+            if run.checkpoint_file.exists():
+                watch.start(max((record["step"] for record in run.metrics()), default=0))
+            how = {"validation": _validation(experiment), **config["training"]}
+            if experiment.tasks in ENVIRONMENTS:
+                times = 10 if experiment.tasks in BODIES else 20
+                how.setdefault("validate_every", max(experiment.steps // times, 1))
+            result = experiment.train(
+                splits, run, init_from=start, validate=splits.val, watch=watch, resume="auto", **how
+            )
+    if result.stopped == "interrupted":
+        raise Interrupted(f"{stop} (meta-step {result.step:,} of {experiment.steps:,})")
+    with nothing_lost(stop):
+        tuned = (
+            experiment_in(config, path)
+            if "tuned" in config
+            else experiment.tuned(result.meta, test)
+        )
+        if experiment.tune or experiment.tune_noise:
+            run.write_config({**config, "tuned": tuned.to_json()})
+    return Trained(
+        experiment=tuned,
+        meta=result.meta,
+        kept=result.kept,
+        last=result.last,
+        step=result.best_step,
+        steps=result.step,
+        stopped=result.stopped,
+        history=result.history,
+        test=test,
+    )
+
+
+def _held(run: Run, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration to train by: with what a run of the same experiment found already.
+
+    A folder without a checkpoint is of a run that was killed before its first one, and begun anew.
+
+    Raises:
+        ValueError: if the folder holds a run of another experiment.
+    """
+    if not run.checkpoint_file.exists():
+        return config
+    if not run.config_file.exists():
+        raise ValueError(
+            f"{run.path} already holds a run, which is not of the command line; choose another "
+            "folder"
+        )
+    before = run.config()
+    was, now = (fingerprint(experiment=c.get("experiment")) for c in (before, config))
+    if changes := differences(was, now):
+        raise ValueError(
+            f"{run.path} already holds a run, with other settings ({changes}); choose another "
+            "folder with --run or --out"
+        )
+    return {**before, **{name: config[name] for name in ("data_root", "training")}}
+
+
+def _start(
+    experiment: Experiment,
+    config: dict[str, Any],
+    path: Path,
+    resume_command: str,
+    progress: Progress,
+) -> Meta:
+    """Return what the experiment to start from learned; it is trained in the folder `init`."""
+    if not experiment.init_from:
+        return None
+    first = Experiment.from_json(experiment.init_from)
+    if config.get("start") is not None and not Run(path / INIT).checkpoint_file.exists():
+        _copy_start(Path(config["start"]), path / INIT)
+    root = config["data_root"]
+    return fit_or_resume(first, path / INIT, resume_command, progress, data_root=root).meta
+
+
+def start_of(path: Path) -> dict[str, Any]:
+    """Return the experiment, in JSON, of a run to start from.
+
+    Raises:
+        FileNotFoundError: if there is no run.
+        ValueError: if it has no checkpoint.
+    """
+    run = Run(path)
+    config = run.config()
+    experiment_in(config, run.path)
+    if not run.checkpoint_file.exists():
+        raise ValueError(f"{path} has no checkpoint to start from; train it first")
+    return config["experiment"]
+
+
+def _copy_start(start: Path, copy: Path) -> None:
+    """Copy a run, whole or not at all."""
+    start_of(start)
+    half = copy.with_name(f".{copy.name}.copy")
+    for folder in (half, copy):  # of a process that was killed
+        shutil.rmtree(folder, ignore_errors=True)
+    half.mkdir()
+    for file in start.iterdir():
+        if file.is_file() and not file.name.startswith("."):
+            shutil.copy2(file, half / file.name)
+    half.rename(copy)
+
+
+def _validation(experiment: Experiment) -> dict[str, Any]:
+    """How to validate: as in the test, but fewer episodes, and of episodes the last step alone."""
+    if experiment.tasks in ENVIRONMENTS:
+        how = dict(experiment.evaluation)
+        most = 8 if experiment.tasks in BODIES else 40
+        return {**how, "goals": min(how.get("goals", 40), most)}
+    kept = ("noise", "select")
+    return {
+        **{name: experiment.evaluation[name] for name in kept if name in experiment.evaluation},
+        "episodes": min(200, max(experiment.episodes // 3, 2)),
+        "at": [experiment.eval_steps],
+        "transductive": experiment.transductive,
+    }
+
+
+@contextmanager
+def nothing_half_written(run: Run) -> Iterator[None]:
+    """Remove a folder that was made here and has no checkpoint yet, when something fails."""
+    new = [path for path in (run.path, *run.path.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, BlockingIOError):
+            raise  # the folder is another process's
+        if new and not run.checkpoint_file.exists() and not (run.path / INIT).exists():
+            shutil.rmtree(run.path, ignore_errors=True)
+            for parent in new[1:]:
+                if parent.is_dir() and not any(parent.iterdir()):
+                    parent.rmdir()
+        raise
+
+
+@contextmanager
+def nothing_lost(message: str) -> Iterator[None]:
+    """Turn Ctrl-C after a training into `Interrupted` with a message: what is trained is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(message) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedRun:
+    """A finished training, or one that was stopped, as its folder holds it; see `load_run`.
+
+    Args:
+        path: the run folder.
+        config: content of its config.json.
+        experiment: what was trained, with the tuned step size, if it had one to tune.
+        meta: the best meta-parameters by validation, else the last.
+        kept: the best few, stacked, best first.
+        step: the meta-step that `meta` is from.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    experiment: Experiment
+    meta: Meta
+    kept: Meta
+    step: int
+
+    @functools.cached_property
+    def learner(self) -> MetaLearner:
+        """The learner."""
+        return self.experiment.build_learner()
+
+    @functools.cached_property
+    def model(self) -> Model:
+        """The network as it was before meta-training; what was learned is `meta`."""
+        return self.experiment.model()
+
+    @functools.cached_property
+    def tasks(self) -> Splits:
+        """The task distributions of the test protocol, read when they are first asked for."""
+        return self.experiment.splits(self.config["data_root"], test=True)
+
+    def evaluate(self, *, split: str = "test", ensemble: bool = False, **how: Any) -> Any:
+        """Score the run on episodes: a `Report`, or `Returns` of environments.
+
+        Every run sees the same episodes.
+
+        Args:
+            split: whose episodes, `"test"` or `"val"`.
+            ensemble: score the ensemble of the checkpoints that were kept.
+            how: arguments of `adaptax.evaluate` in the place of the protocol's.
+
+        Raises:
+            ValueError: for an ensemble of a run that kept one checkpoint.
+        """
+        if ensemble and self.experiment.keep < 2:
+            raise ValueError(
+                f"{self.path} kept one checkpoint, which makes no ensemble; train with --keep 3, "
+                "say"
+            )
+        meta = self.kept if ensemble else self.meta
+        return self.experiment.test(meta, self.tasks, split=split, ensemble=ensemble, **how)
+
+    def adapt(self, support: Source, *, key: PRNGKeyArray | None = None) -> Model:
+        """Return the model, or `Ensemble`, that has learnt from `support`.
+
+        Args:
+            support: labelled examples.
+            key: all the randomness there is; `jax.random.key(0)` if `None`.
+        """
+        key = jax.random.key(0) if key is None else key
+        return self.learner.adapt(self.meta, support, key=key)
+
+    def untrained(self) -> LoadedRun:
+        """Return the run as it was before its first meta-step."""
+        return dataclasses.replace(self, meta=self.experiment.untrained(), step=0)
+
+
+def load_run(
+    run: str | os.PathLike[str],
+    *,
+    path: str | os.PathLike[str] | None = None,
+    data_root: str | os.PathLike[str] | None = None,
+) -> LoadedRun:
+    """Load the run in a folder that `adaptax train` wrote.
+
+        run = adaptax.load_run("runs/maml-omniglot-5w1s")
+        model = run.adapt(adaptax.Batch(x, y))          # learns from a handful of examples
+        print(run.evaluate(episodes=1000))
+
+    Args:
+        run: the run folder.
+        path: where the images or embeddings are, if not where they were in training.
+        data_root: folder of the data sets, if not the one that the run was trained from.
+
+    Raises:
+        FileNotFoundError: if there is no run.
+        ValueError: if its files are broken or do not belong together.
+    """
+    folder = Run(run)
+    config = folder.config()
+    experiment = experiment_in(config, folder.path)
+    if path is not None:
+        experiment = changed(experiment, {"task": {"path": os.path.realpath(path)}})
+    if data_root is not None:
+        config = {**config, "data_root": os.fspath(data_root)}
+    meta, step, kept = experiment.restore(folder)
+    return LoadedRun(folder.path, {"data_root": None, **config}, experiment, meta, kept, step)
+
+
+def adapt_and_predict(
+    experiment: Experiment,
+    meta: Meta,
+    support: Batch,
+    x: PyTree,
+    transductive: bool,
+    count: int | None = None,
+) -> Array:
+    """Predict queries.
+
+    Args:
+        experiment: of the run.
+        meta: its meta-parameters.
+        support: labelled examples.
+        x: queries.
+        transductive: predict them together.
+        count: the classes there are, if fewer than the head has outputs: the others get no
+            gradient and no probability.
+    """
+    learner: Any = experiment.build_learner()
+    loss = learner.loss
+
+    def of_these(model: Model, batch: Batch) -> Array:
+        return loss(lambda x: model(x)[..., :count], batch)
+
+    if count is not None and count != experiment.way:
+        learner = dataclasses.replace(learner, loss=of_these)
+
+    model = learner.adapt(meta, support, key=jax.random.key(0))
+    return predict(model, x, support.x, transductive=transductive)[..., :count]
