@@ -27,7 +27,7 @@ from adaptax.cli.app import _share_cores
 from adaptax.cli.inspection import image_format
 from adaptax.cli.progress import Watcher, watching
 from adaptax.engine.run import Run
-from adaptax.recipes import ALGORITHMS, RECIPES, TASKS, Experiment, bayesian, book, changed
+from adaptax.recipes import ALGORITHMS, RECIPES, TASKS, Experiment, bayesian, book, changed, runs
 from adaptax.tasks import glyphs, images
 
 SINE = ["train", "maml", "sinusoid", "--steps", "20", "--episodes", "6", "--set",
@@ -721,6 +721,13 @@ def test_configurations_are_checked_where_they_enter(change, said, sine_run, her
         text = sentence(capsys)
         assert "config.json: " in text
         assert said in text
+
+
+def test_a_configuration_without_a_place_of_data_means_none(sine_run):
+    config = Run(sine_run).config()
+    del config["data_root"]
+    assert runs.experiment_in(config, sine_run).tasks == "sinusoid"
+    assert config["data_root"] is None
 
 
 @pytest.mark.parametrize("content", [b"[" * 5000, b"\xff\xfe", b"9" * 5000, b"[1]"])

@@ -151,6 +151,7 @@ def experiment_in(config: dict[str, Any], path: Path) -> Experiment:
     if not isinstance(config, dict) or "experiment" not in config:
         raise ValueError(f"{file} was not written by `adaptax train`")
     by_experiment = ("steps", "meta_batch", "keep", "run", "resume")
+    config.setdefault("data_root", None)
     try:
         for name, kind in (("command", str), ("data_root", str | None), ("start", str | None)):
             schema.fitting(name, config.get(name), kind)
