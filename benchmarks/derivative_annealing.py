@@ -47,7 +47,7 @@ def programs():
 
     def annealed(order, **parts):
         return ax.MAMLPlusPlus(
-            loss, STEPS, LR, multi_step_loss=0, derivative_order_annealing=order, **parts
+            loss, LR, STEPS, multi_step_loss=0, derivative_order_annealing=order, **parts
         )
 
     learners = {

@@ -27,7 +27,7 @@ LEARNERS = {
     ),
     "Reptile minibatches": lambda loss: ax.Reptile(loss, 0.1, 3, inner_batch=2),
     "Reptile last gradient": lambda loss: ax.Reptile(loss, 0.1, 3, skip=2),
-    "MAML++": lambda loss: ax.MAMLPlusPlus(loss, 2),
+    "MAML++": lambda loss: ax.MAMLPlusPlus(loss, 0.1, 2, per_step_batch_norm_statistics="code"),
     "PLATIPUS": lambda loss: ax.PLATIPUS(loss, 0.1, samples=3),
     "BMAML": lambda loss: ax.BayesianMAML(loss, 0.1, 2, particles=3),
     "BMAML heads": lambda loss: ax.BayesianMAML(

@@ -235,7 +235,7 @@ def test_a_layer_of_ones_own_takes_part():
     start = jnp.zeros(16), jnp.ones(16)
     model = OwnNet(RunningNorm(jnp.ones(16), *start), ax.models.Linear(16, 2, key=KEY))
     learner = ax.MAMLPlusPlus(
-        cross_entropy, 1, multi_step_loss=0.0, derivative_order_annealing=0.0,
+        cross_entropy, 0.1, 1, multi_step_loss=0.0, derivative_order_annealing=0.0,
         per_step_batch_norm_statistics="paper",
     )  # fmt: skip
     meta = learner.init(model, key=KEY)

@@ -113,7 +113,7 @@ def test_steps_that_lead_out():
         (ax.Reptile(mse), "support loss"),
         (ax.BayesianMAML(mse, 0.01, 1, particles=2), "support loss"),
         (ax.ProbabilisticMAML(mse), "support loss"),
-        (ax.MAMLPlusPlus(mse, 2, 0.01), "support loss"),
+        (ax.MAMLPlusPlus(mse, 0.01, 2), "support loss"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, ax.MetaLearner) else value,
 )

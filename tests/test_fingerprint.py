@@ -46,7 +46,7 @@ class Linen(nn.Module):
     def __call__(self, x): return nn.Dense(self.n)(x)
 print(json.dumps(fingerprint(
     learners=[ax.MAML(loss, 0.01, inner_optimizer=ax.inner.adam(0.1)), Own(functools.partial(loss)),
-              ax.LEO(ax.losses.cross_entropy), ax.MAMLPlusPlus(ax.losses.mse, 3)],
+              ax.LEO(ax.losses.cross_entropy), ax.MAMLPlusPlus(ax.losses.mse, 0.1, 3)],
     rules=[optax.chain(optax.clip(1.0), optax.adam(optax.cosine_decay_schedule(1e-3, 9))),
            optax.multi_transform({"a": optax.sgd(0.1), "b": optax.adamw(0.1)}, lambda p: p)],
     models=[ax.models.Conv4(out=5, key=KEY), Module(nnx.Rngs(0)), ax.Functional({}, Linen().apply),

@@ -20,6 +20,7 @@ from learners import ConvNet, Images, cross_entropy, mse
 KEY = jax.random.key(0)
 pytestmark = pytest.mark.usefixtures("x64")
 
+CODE = {"per_step_batch_norm_statistics": "code"}
 OFF = {
     "multi_step_loss": 0.0, "derivative_order_annealing": 0.0,
     "per_step_batch_norm_statistics": None, "per_step_batch_norm_weights": False,
@@ -29,7 +30,7 @@ OFF = {
 
 def only(loss, steps=2, lr=0.1, **parts):
     """MAML++ with these parts alone."""
-    return MAMLPlusPlus(loss, steps, lr, **{**OFF, **parts})
+    return MAMLPlusPlus(loss, lr, steps, **{**OFF, **parts})
 
 
 def doubled(tree):
@@ -232,7 +233,7 @@ def test_no_epoch_is_late_by_rounding(total):
 
 
 def test_the_gradient_is_clipped_but_not_the_rates_nor_the_statistics():
-    learner = MAMLPlusPlus(quadratic, clip=10.0, cosine_annealing=False)
+    learner = MAMLPlusPlus(quadratic, clip=10.0, cosine_annealing=False, **CODE)
     meta = {"model": jnp.zeros(3), "norm_statistics": {"norm/mean": jnp.zeros((5, 1))},
             "rates": {"": jnp.zeros(5)}}  # fmt: skip
     free = optax.adam(1e-3)
@@ -249,7 +250,7 @@ def test_the_gradient_is_clipped_but_not_the_rates_nor_the_statistics():
         expected, plain_state = plain.update(grads["model"], plain_state)
         assert np.allclose(updates["model"], expected, rtol=1e-14)
         assert np.allclose(updates["norm_statistics"]["norm/mean"], -size, rtol=1e-14)
-    unbounded = MAMLPlusPlus(quadratic, cosine_annealing=False).optimizer(10)
+    unbounded = MAMLPlusPlus(quadratic, cosine_annealing=False, **CODE).optimizer(10)
     state = unbounded.init(meta)
     for size in (1e6, 1.0):
         grads["model"] = jnp.array([size, -1.0, 2.0])
@@ -357,13 +358,16 @@ def traced(learner, model, tasks):
     return jax.make_jaxpr(lambda *a: eqx.filter(gradient(*a), eqx.is_array))(params, 0.0).jaxpr
 
 
-@pytest.mark.parametrize("parts", [OFF, {}], ids=["alone", "with all others"])
+@pytest.mark.parametrize("parts", [OFF, CODE], ids=["alone", "with all others"])
 def test_no_second_order_graph_before_the_threshold(parts):
     """The meta-gradient is one switch, and its first branch does what FOMAML does."""
     model = ax.models.MLP(16, 2, (4, 4), key=KEY, activation=jnp.tanh, batch_norm=True)
     tasks = images()
     make = lambda order: MAMLPlusPlus(
-        cross_entropy, 3, **{**parts, "derivative_order_annealing": order, "multi_step_loss": 0.0}
+        cross_entropy,
+        0.1,
+        3,
+        **{**parts, "derivative_order_annealing": order, "multi_step_loss": 0.0},
     )
     jaxpr = traced(make(0.5), model, tasks)
     switches = [e for e in equations(jaxpr) if e.primitive.name == "cond"]
@@ -479,8 +483,8 @@ KINDS = {
 
 def started(kind, **how):
     """A learner and meta-parameters, all of whose rows and rates differ."""
-    how = {"multi_step_loss": 0.5, "derivative_order_annealing": 0.2, **how}
-    learner = MAMLPlusPlus(cross_entropy, STEPS, **how)
+    how = {"multi_step_loss": 0.5, "derivative_order_annealing": 0.2, **CODE, **how}
+    learner = MAMLPlusPlus(cross_entropy, 0.1, STEPS, **how)
     meta = learner.init(KINDS[kind].build(), key=KEY)
     rng = np.random.default_rng(7)
     for name in ("rates", "norm_weights", "norm_statistics"):
@@ -650,7 +654,7 @@ def test_meta_training_changes_every_part():
     """With a model of Flax NNX."""
     kind = KINDS["flax"]
     learner = MAMLPlusPlus(
-        cross_entropy, 2, multi_step_loss=1.0, derivative_order_annealing=1.0,
+        cross_entropy, 0.1, 2, multi_step_loss=1.0, derivative_order_annealing=1.0,
         per_step_batch_norm_statistics="paper",
     )  # fmt: skip
     start = learner.init(kind.build(), key=KEY)
@@ -685,7 +689,7 @@ def test_learned_rates_are_used_after_saving_and_loading(tmp_path):
 
 
 def test_a_model_without_batch_norm_has_the_other_parts():
-    learner = MAMLPlusPlus(mse, 2)
+    learner = MAMLPlusPlus(mse, 0.1, 2, **CODE)
     meta = learner.init(perceptron(), key=KEY)
     assert meta["norm_weights"] == meta["norm_statistics"] == {}
     assert set(meta["rates"]) == set(ax.tree.by_path(perceptron()))
@@ -696,12 +700,14 @@ def test_a_model_without_batch_norm_has_the_other_parts():
 
 @pytest.mark.parametrize(("progress", "order"), [(0.0, 0.2), (0.1, 0.0)], ids=["first", "second"])
 def test_meta_gradient_while_every_step_counts(progress, order):
-    learner = MAMLPlusPlus(mse, 2, derivative_order_annealing=order)
+    learner = MAMLPlusPlus(mse, 0.1, 2, derivative_order_annealing=order)
     check_meta_gradient(learner, progress=progress)
 
 
 def test_meta_gradient_of_a_convolutional_net_in_first_order():
-    learner = MAMLPlusPlus(cross_entropy, 2, multi_step_loss=1.0, derivative_order_annealing=1.0)
+    learner = MAMLPlusPlus(
+        cross_entropy, 0.1, 2, multi_step_loss=1.0, derivative_order_annealing=1.0, **CODE
+    )
     check_meta_gradient(learner, ConvNet(jax.random.key(5)), Images(), progress=0.0)
 
 
@@ -781,12 +787,14 @@ def test_the_head_is_where_head_path_says():
         lambda p, x: jnp.tanh(x @ p["body"]) @ p["out"],
     )
     batch = ax.Batch(jnp.ones((4, 2)), jnp.array([0, 1, 0, 1]))
-    learner = MAMLPlusPlus(cross_entropy, 1, head="tied", head_path="params/out", eval_steps=0)
+    learner = MAMLPlusPlus(
+        cross_entropy, inner_steps=1, head="tied", head_path="params/out", eval_steps=0
+    )
     start = learner.adapt(learner.init(model, key=KEY), batch, key=KEY)
     assert np.allclose(start.params["out"], np.array([[0.5] * 2, [2.5] * 2, [4.5] * 2]))
     assert np.array_equal(start.params["body"], model.params["body"])
     for head in ("tied", "zero"):
-        lost = MAMLPlusPlus(cross_entropy, 1, head=head)
+        lost = MAMLPlusPlus(cross_entropy, 0.1, 1, head=head)
         with pytest.raises(ValueError, match="nothing below 'head'; give head_path="):
             lost.adapt(lost.init(model, key=KEY), batch, key=KEY)
 
@@ -821,7 +829,25 @@ def test_a_report_names_the_parts_that_are_on():
     assert described["algorithm"] == "MAML++"
     assert (described["inner_steps"], described["eval_steps"]) == (5, 7)
     assert described["parts"] == (
-        "multi-step loss, derivative-order annealing, per-step statistics (code), "
+        "multi-step loss, derivative-order annealing, "
         "per-step batch-norm weights, learned rates, cosine annealing"
     )
+    for name in ("code", "paper"):
+        parts = MAMLPlusPlus(mse, per_step_batch_norm_statistics=name).describe()["parts"]
+        assert f"per-step statistics ({name})" in parts
     assert only(mse).describe()["parts"] == "none"
+
+
+def test_statistics_that_are_only_collected_change_nothing():
+    """`"code"` keeps rows in the meta-parameters, and learns and predicts what `None` does."""
+    task = jax.tree.map(lambda leaf: leaf[0], images())
+    found = []
+    for statistics in ("code", None):
+        learner = MAMLPlusPlus(cross_entropy, 0.1, 2, per_step_batch_norm_statistics=statistics)
+        assert MAMLPlusPlus(cross_entropy).per_step_batch_norm_statistics is None
+        result = ax.fit(learner, conv_net(), Images(), steps=3, meta_batch=2, key=KEY, devices=1)
+        assert ("norm_statistics" in result.meta) == (statistics == "code")
+        adapted = learner.adapt(result.meta, task.support, key=KEY)
+        rest = {name: result.meta[name] for name in ("rates", "norm_weights")}
+        found.append((rest, result.meta["model"].conv.weight, adapted(task.query.x)))
+    assert_close(*found)

@@ -32,7 +32,7 @@ class Phase(NamedTuple):
 
 
 class MAMLPlusPlus(MetaLearner):
-    """MAML made stable by six parts, each a switch of its own.
+    """MAML made stable by six parts, each a switch of its own. Five of them are on by default.
 
         θ_{j+1} = θ_j − α_j ∘ ∇L_S(θ_j, γ_j),   meta-loss  Σ_j v_j L_Q(θ_{j+1}, γ_j)
 
@@ -45,12 +45,13 @@ class MAMLPlusPlus(MetaLearner):
     2. Derivative-order annealing: first order for the fraction `derivative_order_annealing` of
        meta-training, second order after. 0 turns it off. One program holds both, and takes each
        derivative inside its branch, so that the first costs what FOMAML costs.
-    3. Per-step running statistics of batch normalisation: `per_step_batch_norm_statistics`.
-       Meta-training normalises by the batch and every pass of step j, on support or query,
-       updates row j. `"code"`, the default, never uses them, as the released code whose scores
-       were published. With `"paper"` an adapted model predicts by them, so that queries do not
-       see each other, while adaptation normalises by the batch as it did in meta-training. The
-       paper has them used, and does not say where. `None` turns it off.
+    3. Per-step running statistics of batch normalisation: `per_step_batch_norm_statistics`, off
+       by default. Meta-training normalises by the batch in any case. With `"paper"` every pass of
+       step j, on support or query, updates row j, and an adapted model predicts by the rows, so
+       that queries do not see each other: on Omniglot that halves the accuracy, see the page on
+       batch normalisation. The paper has them used, and does not say where. `"code"` collects
+       them and never uses them, as the released code whose scores were published: all that is
+       learned and predicted is that of `None`.
     4. Per-step weights of batch normalisation: `per_step_batch_norm_weights`.
     5. Learned rates, one for each step and tensor, that may turn negative: `learned_rates`.
     6. Cosine annealing of the outer rate, from `outer_lr` to `outer_lr_min`: `cosine_annealing`.
@@ -71,13 +72,13 @@ class MAMLPlusPlus(MetaLearner):
 
     Args:
         loss: of both loops.
-        inner_steps: N, in meta-training.
         inner_lr: where every rate starts.
+        inner_steps: N, in meta-training.
         multi_step_loss: fraction of meta-training that anneals it (50 of 250 epochs in the code).
         derivative_order_annealing: fraction of meta-training in first order (the paper has 50
             epochs; the code's examples 80 of 150, or none). The code turns to second order after
             the epoch it is given, counted from 0: 50 is 51 epochs in first order.
-        per_step_batch_norm_statistics: `"paper"`, `"code"` or `None`.
+        per_step_batch_norm_statistics: `None`, `"paper"`, or `"code"`.
         per_step_batch_norm_weights: a scale and shift for each step.
         learned_rates: train the rates.
         cosine_annealing: of the outer rate.
@@ -95,12 +96,12 @@ class MAMLPlusPlus(MetaLearner):
     """
 
     loss: Loss = eqx.field(static=True)
-    inner_steps: int = eqx.field(static=True, default=5)
     inner_lr: float = 0.1
+    inner_steps: int = eqx.field(static=True, default=5)
     _: KW_ONLY
     multi_step_loss: float = eqx.field(static=True, default=0.2)
     derivative_order_annealing: float = eqx.field(static=True, default=0.2)
-    per_step_batch_norm_statistics: Statistics | None = eqx.field(static=True, default="code")
+    per_step_batch_norm_statistics: Statistics | None = eqx.field(static=True, default=None)
     per_step_batch_norm_weights: bool = eqx.field(static=True, default=True)
     learned_rates: bool = eqx.field(static=True, default=True)
     cosine_annealing: bool = eqx.field(static=True, default=True)
