@@ -1,11 +1,11 @@
 """The embeddings that LEO's authors released: zip archives of Python 2 pickles, read as data.
 
-A pickle is a program for a stack machine. It may call any function of any module, and a few bytes
-may ask for endless time and memory. So it is read through before anything of it runs: it may use
-only the instructions that numbers, strings, lists, dicts, tuples and arrays are written with, and
-`_check` bounds what they build. Then Python's own `Unpickler` runs it, and the names that arrays
-are pickled with stand for functions of this file. No module is looked up, and NumPy's unpickling is
-reached only by a state that was checked.
+A pickle is a program for a stack machine: it may call any function of any module, and a few bytes
+may ask for endless time and memory. Here Python's own machine runs it, the one that is written in
+Python: it has only the instructions that numbers, strings, lists, dicts, tuples and arrays are
+written with, and what they build is bounded. The names that arrays are pickled with stand for
+functions of this file. No module is looked up, and NumPy's unpickling is reached only by a state
+that was checked.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ import io
 import math
 import os
 import pickle
-import pickletools
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -30,9 +28,7 @@ from adaptax.tasks.sources import DataError
 MAX_BYTES = 4 * 2**30
 """Largest pickle that is read; the largest of the released ones has 1.2 GB."""
 
-MAX_INSTRUCTIONS = 2 * 10**7
-MAX_DEPTH = 16
-MAX_KEYS = 1000
+MAX_INSTRUCTIONS, MAX_DEPTH, MAX_KEYS = 2 * 10**7, 16, 1000
 """Most instructions, tuples within tuples, and entries of dicts of a pickle."""
 
 VIEWS = ("miniImageNet/center", "miniImageNet/multiview", "tieredImageNet/center")
@@ -40,13 +36,11 @@ VIEWS = ("miniImageNet/center", "miniImageNet/multiview", "tieredImageNet/center
 
 CONTENT = ("embeddings", "labels", "keys")
 
-_DTYPE = re.compile(r"[<>=|]?([fiu][1248]|b1|[SU]\d{1,4}|O8?)\Z")
-
 
 def read_archive(
     path: str | os.PathLike, view: str = "miniImageNet/center"
 ) -> dict[str, tuple[np.ndarray, np.ndarray, list[str]]]:
-    """For each split the embeddings, `(n, width)`, their class numbers, and the classes' names.
+    """Return for each split the embeddings, `(n, width)`, their class numbers, and class names.
 
     Expects `…/VIEW/train_embeddings.pkl`, `val_…` and `test_…`, each a dict of `"embeddings"`,
     `"labels"` and `"keys"`. A key is `number-class-file`, which names the class; else the label
@@ -76,7 +70,7 @@ def read_archive(
 
 
 def read_pickle(data: bytes, where: str) -> Any:
-    """What a pickle of plain data and arrays holds: nothing else in it is run.
+    """Return what a pickle of plain data and arrays holds; nothing in it is run.
 
     Text of Python 2 is bytes, but for the keys of the outermost dict.
 
@@ -89,23 +83,20 @@ def read_pickle(data: bytes, where: str) -> Any:
             than a file of embeddings needs.
     """
     try:
-        _check(data)
-        value = _Reader(io.BytesIO(data), encoding="bytes").load()
+        value = _Reader(data).load()
     except _Refused as error:
         raise DataError(
             f"{where} is refused: it asks for {error}, and a file of embeddings needs arrays and "
             "strings alone; get a clean copy"
         ) from None
-    except (pickle.UnpicklingError, LookupError, TypeError, ValueError, AttributeError, EOFError,
-            OverflowError, MemoryError, RecursionError) as error:  # fmt: skip
+    except Exception as error:  # broken instructions raise whatever their reading does
         raise DataError(
             f"{where} is truncated or no pickle of arrays ({type(error).__name__}: "
             f"{_short(error)}); fetch it again"
         ) from None
-    if isinstance(value, dict):
-        value = {key.decode("latin1") if isinstance(key, bytes) else key: each
-                 for key, each in value.items()}  # fmt: skip
-    return value
+    if not isinstance(value, dict):
+        return value
+    return {k.decode("latin1") if isinstance(k, bytes) else k: each for k, each in value.items()}
 
 
 def _indexed(where: str, content: Any) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -122,8 +113,7 @@ def _indexed(where: str, content: Any) -> tuple[np.ndarray, np.ndarray, list[str
         said = ", ".join(f"{kind}{list(shape)}" for shape, kind in kinds[:4]) or "nothing"
         raise DataError(f"{where}: embeddings are rows of {said}; expected floats of one width")
     x = np.stack(rows).astype(np.float32)
-    keys, labels = ([_text(where, name, each) for each in content[name]]
-                    for name in ("keys", "labels"))  # fmt: skip
+    keys, labels = ([_text(where, n, each) for each in content[n]] for n in ("keys", "labels"))
     if not len(keys) == len(labels) == len(x):
         raise DataError(
             f"{where} holds {len(x)} embeddings, {len(labels)} labels and {len(keys)} keys; "
@@ -162,159 +152,142 @@ def _short(text: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 
-# Before it runs: which instructions there are, and what they build.
-
-
 class _Refused(Exception):
     """A pickle asks for what it may not."""
 
 
-class _Item(NamedTuple):
-    """What is known of a value on the stack."""
+class _Tuple(tuple[Any, ...]):
+    """A tuple that knows how many tuples are within each other, and how many values in all."""
 
-    depth: int = 0  # tuples within it
-    size: int = 1  # values within it, shared ones as often as they occur
-    called: bool = False  # whether it came of a call, and may be given a state
-
-
-_LEAF, _CALLED, _MARK = _Item(), _Item(called=True), _Item(size=0)
-
-_LEAVES = re.compile(
-    r"NONE|NEW(TRUE|FALSE)|INT|BININT[12]?|LONG1?|(BIN)?FLOAT|STRING|UNICODE|BINBYTES8|"
-    r"(SHORT_)?BIN(STRING|BYTES|UNICODE)|EMPTY_(LIST|TUPLE|DICT)|GLOBAL"
-)
-_EFFECTS = {  # how many items are taken, −1 for those since the mark; and what is pushed
-    **{op.name: (0, "leaf") for op in pickletools.opcodes if _LEAVES.fullmatch(op.name)},
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), (0, "memo")),
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "PROTO", "FRAME"), (0, "")),
-    **dict.fromkeys(("APPEND", "BUILD", "STOP"), (1, "")),
-    **dict.fromkeys(("APPENDS", "SETITEMS"), (-1, "")),
-    **dict.fromkeys(("LIST", "DICT"), (-1, "leaf")),
-    **{f"TUPLE{count or ''}": (count or -1, "tuple") for count in range(4)},
-    "SETITEM": (2, ""),
-    "STACK_GLOBAL": (2, "leaf"),
-    "REDUCE": (2, "call"),
-    "MARK": (0, "mark"),
-}
-_INSTRUCTIONS = {
-    ord(op.code): (op.name, 0 if op.arg is None else op.arg.n, *_EFFECTS[op.name])
-    for op in pickletools.opcodes
-    if op.name in _EFFECTS
-}
-_LENGTHS = {
-    pickletools.TAKEN_FROM_ARGUMENT1: 1,
-    pickletools.TAKEN_FROM_ARGUMENT4: 4,
-    pickletools.TAKEN_FROM_ARGUMENT4U: 4,
-    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
-}
+    def __init__(self, items: Iterable[Any]):
+        inner = [item for item in self if isinstance(item, _Tuple)]
+        self.depth: int = 1 + max((item.depth for item in inner), default=0)
+        self.size: int = len(self) + sum(item.size for item in inner)
 
 
-def _check(data: bytes) -> None:
-    """Read a pickle through without running it.
+class _Steps(dict[int, Callable[[Any], None]]):
+    """What the instructions of a pickle do, by their bytes; so many are done."""
 
-    Raises:
-        _Refused: if it uses an instruction that data do not need.
-        ValueError, LookupError: if it is broken, or would build more than its bytes can mean.
-    """
-    at, count, keys, name = 0, 0, 0, ""
-    stack: list[_Item] = []
-    marks: list[int] = []
-    memo: dict[int, _Item] = {}
-    while name != "STOP":
-        if data[at] not in _INSTRUCTIONS:
-            raise _Refused(f"the instruction {chr(data[at])!r}")
-        name, length, taken, pushed = _INSTRUCTIONS[data[at]]
-        start, at = at + 1, _argument(data, at + 1, name, length)
-        count += 1
-        if count > MAX_INSTRUCTIONS:
+    done = 0
+
+    def __getitem__(self, code: int) -> Callable[[Any], None]:
+        self.done += 1
+        if self.done > MAX_INSTRUCTIONS:
             raise ValueError(f"more than {MAX_INSTRUCTIONS} instructions")
-        first = marks.pop() if taken < 0 else len(stack) - taken
-        items = stack[first:]
-        del stack[first:]
-        if first < (marks[-1] if marks else 0):
-            raise ValueError("nothing on the stack")
-        if name in ("SETITEM", "SETITEMS", "DICT"):
-            keys += (len(items) + 1) // 2
-            if keys > MAX_KEYS:
-                raise ValueError(f"more than {MAX_KEYS} entries of dicts")
-        elif name == "BUILD" and not stack[-1].called:
-            raise _Refused("a state of what has none")
-        elif "PUT" in name or name == "MEMOIZE":
-            place = len(memo) if name == "MEMOIZE" else _place(data[start:at], name)
-            # An array as long as the largest place is made.
-            if place > len(memo) + 1:
-                raise ValueError(f"place {place} of a memory of {len(memo)}")
-            memo[place] = stack[-1]
-        if pushed == "mark":
-            marks.append(len(stack))
-        elif pushed == "tuple":
-            item = _Item(
-                1 + max((i.depth for i in items), default=0), 1 + sum(i.size for i in items)
-            )
-            # Hashing goes through all of a tuple, and calls itself for each within it.
-            if item.depth > MAX_DEPTH or item.size > len(data):
-                raise ValueError("tuples that are nested too deep or multiply")
-            stack.append(item)
-        elif pushed == "memo":
-            stack.append(memo[_place(data[start:at], name)])
-        elif pushed:
-            stack.append(_CALLED if pushed == "call" else _LEAF)
-    if stack or marks:
-        raise ValueError("more than one value")
+        if code not in self:
+            raise _Refused(f"the instruction {chr(code)!r}")
+        return super().__getitem__(code)
 
 
-def _argument(data: bytes, at: int, name: str, length: int) -> int:
-    """Where the argument of an instruction ends."""
-    if length == pickletools.UP_TO_NEWLINE:
-        end = data.index(b"\n", at) + 1
-        end = data.index(b"\n", end) + 1 if name == "GLOBAL" else end
-        if name not in ("STRING", "UNICODE") and end - at > 256:
-            raise ValueError(f"a line of {end - at} bytes for a number or a name")
-        return end
-    if length < 0:
-        size = _LENGTHS[length]
-        at, length = at + size, int.from_bytes(data[at : at + size], "little")
-    if length > len(data) - at:
-        raise ValueError("the file ends too early")
-    return at + length
+class _File(io.BytesIO):
+    """Lines that end."""
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        line = super().readline(size)
+        if not line.endswith(b"\n"):
+            raise EOFError("the file ends too early")
+        return line
 
 
-def _place(argument: bytes, name: str) -> int:
-    return int(argument) if name in ("PUT", "GET") else int.from_bytes(argument, "little")
+class _Reader(pickle._Unpickler):
+    """Python's unpickler, without its way to any module, and with bounds."""
 
+    read: Callable[[int], bytes]
+    stack: list[Any]  # since the mark
+    metastack: list[list[Any]]  # before it
+    memo: dict[int, Any]
 
-# While it runs: the names that it may use.
-
-
-@dataclass(frozen=True, slots=True)
-class _Name:
-    """A global that a pickle may name, and what stands for it."""
-
-    name: str
-    function: Callable[..., Any] | None
-
-    def __call__(self, *arguments: Any) -> Any:
-        if self.function is None:
-            raise _Refused(f"a call of {self.name}")
-        return self.function(*arguments)
-
-
-class _Reader(pickle.Unpickler):
-    """Python's unpickler, without its way to any module."""
+    def __init__(self, data: bytes):
+        super().__init__(_File(data), encoding="bytes")
+        self.size, self.entries = len(data), 0
+        self.dispatch = _Steps(_STEPS)  # type: ignore[misc]
 
     def find_class(self, module: str, name: str) -> Any:
-        found = _KNOWN.get((module, name))
-        if found is None:
+        if (module, name) not in _KNOWN:
             raise _Refused(_short(f"{module}.{name}"))
-        return found
+        return _KNOWN[module, name]
+
+    def skip_frame(self) -> None:
+        """Frames tell how much to read at once, which changes nothing."""
+        if int.from_bytes(self.read(8), "little") > self.size:
+            raise EOFError("a frame that is longer than the file")
+
+    def check_entries(self, into: Any, keys: list[Any]) -> None:
+        """Raise unless a dict may get these keys: hashes that agree take quadratic time."""
+        self.entries += len(keys)
+        if self.entries > MAX_KEYS or not {type(key) for key in keys} <= {str, bytes, int}:
+            raise ValueError(f"more than {MAX_KEYS} entries of dicts, or keys that are no text")
+        if not isinstance(into, dict):
+            raise TypeError(f"entries of a {type(into).__name__}")
+
+    def check_state(self) -> None:
+        if not isinstance(self.stack[-2], _Dtype | _Pending):
+            raise _Refused("a state of what has none")
+
+    def check_end(self) -> None:
+        if len(self.stack) != 1 or self.metastack:
+            raise ValueError("more than one value")
+        # Readers that are written in C make an array as long as the largest place.
+        if max(self.memo, default=0) > len(self.memo):
+            raise ValueError(f"place {max(self.memo)} of a memory of {len(self.memo)}")
+
+    def bound_tuple(self) -> None:
+        """Whoever prints or compares a tuple goes through all of it, and calls itself for each."""
+        self.stack[-1] = made = _Tuple(self.stack[-1])
+        if made.depth > MAX_DEPTH or made.size > self.size:
+            raise ValueError("tuples that are nested too deep or multiply")
 
 
-@dataclass
+_SAFE = """
+NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT
+STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES
+BINBYTES8 EMPTY_LIST EMPTY_TUPLE EMPTY_DICT LIST DICT TUPLE TUPLE1 TUPLE2 TUPLE3 MARK
+APPEND APPENDS SETITEM SETITEMS GLOBAL STACK_GLOBAL REDUCE BUILD PROTO STOP
+GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE
+"""
+_BEFORE: dict[str, Callable[[_Reader], None]] = {
+    "DICT": lambda reader: reader.check_entries({}, reader.stack[::2]),
+    "SETITEM": lambda reader: reader.check_entries(reader.stack[-3], reader.stack[-2:-1]),
+    "SETITEMS": lambda reader: reader.check_entries(reader.metastack[-1][-1], reader.stack[::2]),
+    "BUILD": _Reader.check_state,
+    "STOP": _Reader.check_end,
+}
+
+
+def _steps() -> dict[int, Callable[[Any], None]]:
+    def made_of(*parts: Callable[[Any], None]) -> Callable[[Any], None]:
+        def step(reader: Any) -> None:
+            for part in parts:
+                part(reader)
+
+        return step
+
+    steps: dict[int, Callable[[Any], None]] = {pickle.FRAME[0]: _Reader.skip_frame}
+    for name in _SAFE.split():
+        code = getattr(pickle, name)[0]
+        step = pickle._Unpickler.dispatch[code]
+        if name in _BEFORE:
+            step = made_of(_BEFORE[name], step)
+        elif re.fullmatch("TUPLE[123]?", name):
+            step = made_of(step, _Reader.bound_tuple)
+        steps[code] = step
+    return steps
+
+
+_STEPS = _steps()
+
+
+# The names that a pickle may use.
+
+
 class _Dtype:
     """What a pickle says of a NumPy type; its state tells the order of bytes."""
 
-    code: str
-    order: str = ""
+    def __init__(self, code: Any, *_: Any):
+        self.code = _ascii(code)
+        if not re.match(r"[<>=|]?([fiu][1248]|b1|[SU]\d{1,4}|O8?)\Z", self.code):
+            raise ValueError(f"an array of type {_short(self.code)!r}")
+        self.order = ""
 
     def __setstate__(self, state: Any) -> None:
         self.order = _ascii(state[1])
@@ -356,19 +329,17 @@ def _ascii(value: Any) -> str:
     return value.decode("ascii") if isinstance(value, bytes) else value
 
 
-def _make_dtype(code: Any, *_: Any) -> _Dtype:
-    if not _DTYPE.match(_ascii(code)):
-        raise ValueError(f"an array of type {_short(code)!r}")
-    return _Dtype(_ascii(code))
+def _ndarray(*_: Any) -> None:
+    raise _Refused("a call of numpy.ndarray")
 
 
-def _make_pending(kind: Any, *_: Any) -> np.ndarray:
-    if kind is not _NDARRAY:
+def _reconstruct(kind: Any, *_: Any) -> np.ndarray:
+    if kind is not _ndarray:
         raise ValueError("an array of another kind")
     return np.ndarray.__new__(_Pending, (0,), np.uint8)
 
 
-def _make_scalar(dtype: Any, content: Any) -> Any:
+def _scalar(dtype: Any, content: Any) -> Any:
     _, _, kind, _, content = _checked((), dtype, False, content)
     return np.frombuffer(content, kind)[0]
 
@@ -379,16 +350,11 @@ def _encode(text: Any, encoding: Any) -> bytes:
     return text.encode("latin1")
 
 
-_NDARRAY = _Name("numpy.ndarray", None)
-_KNOWN = {
-    ("numpy", "ndarray"): _NDARRAY,
-    ("numpy", "dtype"): _Name("numpy.dtype", _make_dtype),
-    ("_codecs", "encode"): _Name("_codecs.encode", _encode),
-    ("__builtin__", "bytes"): _Name("bytes", lambda: b""),
-    ("builtins", "bytes"): _Name("bytes", lambda: b""),
-    **{
-        (module, name): _Name(name, function)
-        for module in ("numpy.core.multiarray", "numpy._core.multiarray")
-        for name, function in (("_reconstruct", _make_pending), ("scalar", _make_scalar))
-    },
+_KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
+    ("numpy", "ndarray"): _ndarray,
+    ("numpy", "dtype"): _Dtype,
+    ("_codecs", "encode"): _encode,
+    **{(module, "bytes"): lambda: b"" for module in ("__builtin__", "builtins")},
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
 }
