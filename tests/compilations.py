@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 
 import jax
+import pytest
 
 _found = []
 
@@ -21,3 +22,9 @@ def compilations():
     before, found = len(_found), []
     yield found
     found += _found[before:]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_programs():
+    """For a file that counts: programs of other files are not there already."""
+    jax.clear_caches()

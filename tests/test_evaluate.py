@@ -12,7 +12,7 @@ from adaptax import metrics
 from adaptax.engine.evaluate import Evaluator
 from adaptax.task import episode_key
 from adaptax.testing import Blobs
-from compilations import compilations
+from compilations import compilations, fresh_programs  # noqa: F401
 
 KEY = jax.random.key(3)
 TASKS = ax.tasks.sinusoid(shot=5, query=6)

@@ -15,7 +15,7 @@ import pytest
 
 import adaptax as ax
 from adaptax import program
-from compilations import compilations
+from compilations import compilations, fresh_programs  # noqa: F401
 
 KEY = jax.random.key(3)
 TASKS = ax.tasks.sinusoid(shot=5, query=6)
