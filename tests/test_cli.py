@@ -217,8 +217,7 @@ def test_predict(image_run, here, capsys):
     run = adaptax.load_run(image_run)
     experiment, meta = run.experiment, run.meta
     learner = experiment.build_learner()
-    model = learner.adapt(meta, episode.support, key=jax.random.key(0))
-    logits = adaptax.predict(model, episode.query.x, episode.support.x, transductive=False)
+    logits = adaptax.predict(learner, meta, episode.support, episode.query.x, transductive=False)
     expected = jax.nn.softmax(logits)
     for row, p in zip(result["predictions"], expected):
         assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
@@ -804,8 +803,7 @@ def test_predict_of_fewer_classes_is_that_of_a_smaller_head(image_run, here, cap
     )
     assert smaller.head.weight.shape == (4, 2)
     learner = experiment.build_learner()
-    model = learner.adapt(smaller, episode.support, key=jax.random.key(0))
-    logits = adaptax.predict(model, episode.query.x, episode.support.x, transductive=False)
+    logits = adaptax.predict(learner, smaller, episode.support, episode.query.x, transductive=False)
     for row, p in zip(result["predictions"], jax.nn.softmax(logits)):
         np.testing.assert_allclose(list(row["probabilities"].values()), p, rtol=1e-4, atol=1e-6)
     write_images(here, glyphs(4, 1, 1).test.sample(jax.random.key(0)))

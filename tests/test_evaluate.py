@@ -10,6 +10,7 @@ import pytest
 import adaptax as ax
 from adaptax import metrics
 from adaptax.engine.evaluate import Evaluator
+from adaptax.engine.predict import predictions
 from adaptax.task import episode_key
 from adaptax.testing import Blobs
 from compilations import compilations, fresh_programs  # noqa: F401
@@ -120,14 +121,26 @@ def test_queries_see_each_other_only_in_transduction(particles):
     support, x = jax.random.normal(KEY, (4, 1)), jax.random.normal(jax.random.key(1), (20, 1))
     moved = x.at[1:].add(3.0)
     for transductive in (True, False):
-        f = jax.jit(lambda x, t=transductive: ax.predict(model, x, support, transductive=t))
+        f = jax.jit(lambda x, t=transductive: predictions(model, x, support, transductive=t))
         one, other = f(x), f(moved)
         assert one.shape == ((20, 1) if particles == 1 else (particles, 20, 1))
         unchanged = np.allclose(one[..., 0, :], other[..., 0, :], rtol=1e-5, atol=1e-6)
         assert unchanged == (not transductive)
     alone = model(jnp.concatenate([support, x[7:8]]))[..., -1, :]
-    single = ax.predict(model, x, support, transductive=False)[..., 7, :]
+    single = predictions(model, x, support, transductive=False)[..., 7, :]
     assert np.allclose(single, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_predict_adapts_and_predicts():
+    learner, model = ax.MAML(mse, 0.05, 2), net(batch_norm=True)
+    task = TASKS.test.sample(KEY)
+    adapted = learner.adapt(model, task.support, key=KEY)
+    for transductive in (True, False):
+        found = ax.predict(learner, model, task.support, task.query.x, transductive=transductive)
+        want = predictions(adapted, task.query.x, task.support.x, transductive=transductive)
+        np.testing.assert_array_equal(found, want)
+    together = ax.predict(learner, model, task.support, task.query.x)
+    np.testing.assert_allclose(together, adapted(task.query.x), rtol=1e-5, atol=1e-6)
 
 
 def test_reports_by_transduction_differ_only_with_batch_norm():
@@ -215,6 +228,34 @@ def test_scores_of_classification():
         evaluate(ax.MAML(mse)).ece()
 
 
+def test_differences_are_of_pairs():
+    slow, fast = (evaluate(ax.MAML(mse, lr, 2), episodes=30) for lr in (0.001, 0.05))
+    mean, half = fast.difference(slow)
+    apart = fast.values["mse"][:, -1] - slow.values["mse"][:, -1]
+    assert np.isclose(mean, apart.mean())
+    assert np.isclose(half, 1.96 * apart.std(ddof=1) / 30**0.5)
+    assert half < slow.ci95("mse")
+    assert fast.difference(slow, step=0) == (0, 0)
+    before = fast.values["mse"][:, 0]
+    assert np.isclose(fast.gain()[0], np.mean(fast.values["mse"][:, -1] - before))
+    row = fast.to_json()["result"]
+    assert (row["gain"], row["gain_ci95"]) == fast.gain()
+    for other in (evaluate(ax.MAML(mse)), evaluate(ax.MAML(mse), tasks=TASKS.val, episodes=30)):
+        with pytest.raises(ValueError, match="evaluate both on the same"):
+            fast.difference(other)
+    with pytest.raises(ValueError, match="the gain is over step 0"):
+        evaluate(ax.MAML(mse), at=[1]).gain()
+    with pytest.raises(ValueError, match="metric is one of coverage_50, "):
+        fast.mean("accuracy")
+
+
+def test_other_rates_at_evaluation():
+    given = evaluate(ax.MAML(mse, 0.05, 2), lr=(0.01, 0.02))
+    by_hand = evaluate(ax.MAML(mse, lambda step: jnp.array([0.01, 0.02])[step], 2))
+    np.testing.assert_allclose(given.values["mse"], by_hand.values["mse"], rtol=1e-5)
+    assert given.protocol["inner_lr"] == [0.01, 0.02]
+
+
 class Pair(ax.MetaLearner):
     """Predicts with two models."""
 
@@ -246,6 +287,7 @@ def test_an_ensemble_is_scored_as_a_mixture():
         ({"episodes": 0}, "episodes is at least 1, not 0"),
         ({"noise": 0.0}, "noise is a positive"),
         ({"steps": -1}, "steps is 0 or more, not -1"),
+        ({"trajectories": 3}, "trajectories=3 is for models that act, and these predict"),
         ({"at": [0, 9]}, "between 0 and the last, 1"),
         ({"at": []}, "between 0 and the last, 1"),
         ({"tasks": ax.tasks.sinusoid(query=0).test}, "no queries to score"),

@@ -106,9 +106,10 @@ def test_evaluate_predict_and_fit_compile_nothing_again():
             validate=TASKS.val, validation={"episodes": 3},
         )  # fmt: skip
         ax.evaluate(learner, result.meta, TASKS.test, episodes=5, key=key, at=[0, 2])
-        model = learner.adapt(result.meta, batch(seed), key=key)
-        x = batch(seed).x
-        return result, ax.predict(model, x, x, transductive=False)
+        support = batch(seed)
+        return result, ax.predict(
+            learner, result.meta, support, support.x, key=key, transductive=False
+        )
 
     all_of_them(0)
     with compilations() as compiled:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 import adaptax as ax
 from adaptax import report, tree
-from adaptax.engine.evaluate import Report
+from adaptax.engine.report import Report
 
 KEY = jax.random.key(0)
 

@@ -12,7 +12,8 @@ import optax
 import pytest
 
 import adaptax as ax
-from adaptax import losses, metrics, report, scoring
+from adaptax import losses, metrics, report
+from adaptax.engine import scoring
 
 KEY = jax.random.key(0)
 REGRESSION = {"mse", "nll", "coverage_50", "coverage_90", "coverage_95"}

@@ -12,7 +12,7 @@ import adaptax as ax
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "adaptax"
 
-GROUND = {"task", "tree", "roles", "losses", "metrics", "io", "text", "process"}
+GROUND = {"task", "tree", "roles", "losses", "metrics", "io", "text", "process", "protocols"}
 PRIMITIVES = {"inner", "svgd", "conv", "rewrite", "batch_norm", "roots", "watch", "program"}
 ROOMS = {
     "ground": set(),

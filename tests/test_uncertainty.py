@@ -8,7 +8,7 @@ from scipy import stats
 
 import adaptax as ax
 from adaptax import metrics
-from adaptax.engine.evaluate import Report
+from adaptax.engine.report import Report
 from adaptax.report import calibration
 from adaptax.testing import Blobs
 

@@ -28,9 +28,11 @@ from .algorithms.maml_plus_plus import MAMLPlusPlus
 from .algorithms.platipus import PLATIPUS, ProbabilisticMAML
 from .algorithms.reptile import Reptile
 from .engine.augment import Augmentation
-from .engine.evaluate import Evaluator, Report, evaluate, predict
+from .engine.evaluate import Evaluator, evaluate
 from .engine.mapping import meta_value_and_grad
+from .engine.predict import predict
 from .engine.pretrain import Pretraining, extract, pretrain
+from .engine.report import Report
 from .engine.run import Run
 from .engine.train import Outer, Result, TrainingDiverged, fit
 from .io import load, save

@@ -164,6 +164,20 @@ def coverage(
     }
 
 
+def interval(
+    values: Float[np.ndarray, "episodes ..."],
+) -> tuple[Float[np.ndarray, ...], Float[np.ndarray, ...]]:
+    """Mean over episodes, and half its 95 % confidence interval; see `ci95`.
+
+    Of the difference of two learners' scores on the same episodes it is that of pairs. The mean of
+    none is NaN.
+    """
+    if not len(values):
+        return np.full(values.shape[1:], math.nan), ci95(values)
+    with np.errstate(all="ignore"):
+        return np.asarray(np.mean(values, axis=0)), ci95(values)
+
+
 def ci95(values: Float[np.ndarray, "episodes ..."]) -> Float[np.ndarray, ...]:
     """Half the 95 % confidence interval of the mean over episodes: 1.96 standard errors.
 

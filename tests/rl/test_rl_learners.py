@@ -104,7 +104,7 @@ def test_devices_share_the_goals():
     how = {"steps": 1, "trajectories": 2, "key": KEY}
     given = [rl.evaluate(LEARNERS["MAML"], policy_for(ENV), TASKS, goals=goals, **how)
              for goals in (5, 4)]  # fmt: skip
-    np.testing.assert_allclose(given[1].values, given[0].values[:4], rtol=1e-5)
+    np.testing.assert_allclose(given[1].values["return"], given[0].values["return"][:4], rtol=1e-5)
 
 
 def test_an_outer_step_and_an_optimizer_contradict_each_other():
@@ -127,30 +127,37 @@ def test_returns_by_gradient_step(tmp_path):
     learner, policy = LEARNERS["MAML"], policy_for(ENV)
     how = {"goals": 5, "steps": 2, "trajectories": 3, "batch": 2, "key": KEY}
     given = rl.evaluate(learner, policy, TASKS, lr=(0.1, 0.05), **how)
-    assert given.values.shape == (5, 3)
+    values = given.values["return"]
+    assert values.shape == (5, 3)
     schedule = ax.MAML(rl.log_prob, lambda step: jnp.where(step == 0, 0.1, 0.05))
     by_hand = rl.evaluate(schedule, policy, TASKS, **how)
-    np.testing.assert_allclose(given.values, by_hand.values, rtol=1e-5)
-    own = rl.evaluate(learner, policy, TASKS, **how)
-    np.testing.assert_allclose(own.values[:, :2], given.values[:, :2], rtol=1e-5)
-    assert not np.allclose(own.values[:, 2], given.values[:, 2], rtol=1e-5)
+    np.testing.assert_allclose(values, by_hand.values["return"], rtol=1e-5)
+    own = rl.evaluate(learner, policy, TASKS, **how).values["return"]
+    np.testing.assert_allclose(own[:, :2], values[:, :2], rtol=1e-5)
+    assert not np.allclose(own[:, 2], values[:, 2], rtol=1e-5)
     assert "function" not in str(given)
-    column = given.values[:, 1]
+    column = values[:, 1]
     np.testing.assert_allclose(given.mean(step=1), column.mean())
     np.testing.assert_allclose(given.ci95(step=1), 1.96 * column.std(ddof=1) / 5**0.5)
     np.testing.assert_allclose(given.score, (given.mean(step=1) + given.mean(step=2)) / 2)
-    still = rl.Returns({}, given.values[:, :1])
+    still = rl.Returns({}, [0], {"return": values[:, :1]})
     np.testing.assert_allclose(still.score, given.mean(step=0))
-    assert "2   " + f"{given.mean():.2f}" in str(given)
+    assert f"2: {given.mean():.4g} ± {given.ci95():.2g}" in str(given)
     given.save(tmp_path / "returns.json")
     record = given.to_json()
     assert [row["step"] for row in record["curve"]] == [0, 1, 2]
-    apart = given.values[:, 2] - given.values[:, 0]
+    apart = values[:, 2] - values[:, 0]
     np.testing.assert_allclose(given.gain(2), (apart.mean(), 1.96 * apart.std(ddof=1) / 5**0.5))
     assert (record["curve"][2]["gain"], record["curve"][2]["gain_ci95"]) == given.gain()
     assert "gain" not in record["curve"][0]
     assert record["protocol"]["inner_lr"] == [0.1, 0.05]
     assert record["protocol"]["goals"] == 5
+    assert {"step", "return", "return_ci95", "diverged"} <= set(record["curve"][0])
+    how = {"episodes": 5, "mapping": 2, "steps": 2, "trajectories": 3, "key": KEY}
+    again = ax.evaluate(learner, policy, TASKS, lr=(0.1, 0.05), **how)
+    assert np.array_equal(again.values["return"], values)
+    with pytest.raises(ValueError, match="metric is one of return, not 'mse'"):
+        given.mean("mse")
 
 
 class Broken(Countdown):
@@ -172,8 +179,12 @@ def test_rewards_that_are_not_numbers():
 @pytest.mark.parametrize(
     ("learner", "how", "message"),
     [
-        ("MAML", {"goals": 0}, "goals, trajectories and batch are at least 1"),
-        ("MAML", {"steps": -1}, "steps at least 0"),
+        ("MAML", {"goals": 0}, "episodes is at least 1, not 0"),
+        ("MAML", {"trajectories": 0}, "trajectories is at least 1, not 0"),
+        ("MAML", {"goals": 3, "episodes": 3}, "goals= is another name of episodes="),
+        ("MAML", {"transductive": False}, "transductive=False is for models that predict"),
+        ("MAML", {"select": "nll"}, "select='nll' is for models that predict"),
+        ("MAML", {"steps": -1}, "steps is 0 or more"),
         ("MAML", {"lr": ()}, "one or more positive step sizes"),
         ("Meta-SGD", {"lr": (0.1,)}, "MetaSGD has no step size to replace"),
     ],

@@ -19,7 +19,8 @@ def texts(figure):
 
 def test_returns_by_step(tmp_path):
     values = np.array([[-40.0, -12.0, -3.0], [-42.0, -10.0, -5.0], [-38.0, -11.0, -4.0]])
-    given = {"MAML": rl.Returns({}, values), "random": rl.Returns({}, values - 30)}
+    of = lambda values: rl.Returns({}, [0, 1, 2], {"return": values})
+    given = {"MAML": of(values), "random": of(values - 30)}
     paper = {"MAML": {0: -40.41, 1: -11.68}, "oracle": {0: -2.3}}
     figure = pictures.returns_by_step(given, paper=paper, title="navigation")
     ax = figure.axes[0]

@@ -256,7 +256,7 @@ def test_runs_on_navigation(name):
         return
     returns = rl.evaluate(learner, result.meta, TASKS, goals=3, steps=1, trajectories=2,
                           lr=(0.1, 0.05), key=KEY)  # fmt: skip
-    assert returns.values.shape == (3, 2)
+    assert returns.values["return"].shape == (3, 2)
     assert returns.protocol["return"] == "mean over particles"
     assert returns.protocol["particles"] == 2
 

@@ -13,8 +13,7 @@ import pytest
 from scipy import stats
 
 from adaptax.cli import main
-from adaptax.cli.uncertainty import beyond
-from adaptax.engine.evaluate import Report
+from adaptax.engine.report import Report
 from adaptax.recipes import bayesian
 from adaptax.task import Batch
 from adaptax.tasks import DataError, FSMol, assays, fsmol
@@ -481,12 +480,12 @@ def test_the_interval_of_a_difference_is_of_pairs():
         return Report({}, [None], {"r2": r2, "mse": r2}, None)
 
     a, b = report(easy + 0.25), report(easy)
-    assert beyond(a, b) == (pytest.approx(0.25), pytest.approx(0, abs=1e-12))
+    assert a.difference(b, "r2") == (pytest.approx(0.25), pytest.approx(0, abs=1e-12))
     assert a.ci95("r2") > 0.2
     noisy = easy + np.random.default_rng(1).normal(size=(50, 1))
-    mean, half = beyond(report(noisy), b)
+    mean, half = report(noisy).difference(b, "r2")
     assert 1.96 * mean / half == pytest.approx(stats.ttest_rel(noisy, easy).statistic[0])
-    mean, half = beyond(report(easy[:1]), report(easy[:1]))
+    mean, half = report(easy[:1]).difference(report(easy[:1]), "r2")
     assert mean == 0
     assert np.isnan(half)
 

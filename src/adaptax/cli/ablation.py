@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from .. import report
-from ..engine.evaluate import Report
+from ..engine.report import Report
 from ..process import Interrupted
 from ..recipes import ROWS, Experiment, ablated, changed
 from ..recipes.runs import Trained, fit_or_resume

@@ -13,7 +13,7 @@ from rich.console import Console
 from scipy.special import stdtrit
 
 from .. import report
-from ..engine.evaluate import Report
+from ..engine.report import Report
 from ..process import Interrupted
 from ..recipes import (
     CELLS,

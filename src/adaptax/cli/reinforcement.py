@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ..engine.report import Report
 from ..process import Interrupted
 from ..recipes import (
     COMPARED_IN,
@@ -19,7 +20,6 @@ from ..recipes import (
 )
 from ..recipes.runs import Trained, fit_or_resume
 from ..report import protocol_line, returns, returns_table
-from ..rl import Returns
 from . import settings
 from .commands import Compare
 from .console import consoles, free_folder, save_figure
@@ -71,7 +71,7 @@ def _experiments(asked: Compare, tasks: str) -> dict[str, Experiment]:
 
 
 def _finish(
-    found: dict[str, Returns],
+    found: dict[str, Report],
     trained: dict[str, Trained],
     asked: Compare,
     tasks: str,

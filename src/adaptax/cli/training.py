@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from .. import report
-from ..engine.evaluate import Report
+from ..engine.report import Report
 from ..engine.run import Run
 from ..recipes import (
     BODIES,
@@ -34,7 +34,6 @@ from ..recipes.runs import (
     start_of,
 )
 from ..report import frames, returns
-from ..rl import Returns
 from . import settings
 from .commands import RecipesRun, Train
 from .console import consoles, free_folder, save_figure
@@ -79,13 +78,13 @@ def run_recipe(asked: RecipesRun) -> None:
     _train_and_test(config, path, as_json=asked.json)
 
 
-def pictures(trained: Trained, scores: Report | Returns, path: Path) -> list[str]:
+def pictures(trained: Trained, scores: Report, path: Path) -> list[str]:
     """Write the plots of a run and its test scores; returns their paths."""
     experiment, learner = trained.experiment, trained.experiment.build_learner()
     key, figures = jax.random.key(PICTURED), {}
     if trained.history:  # or its file is lost
         figures["learning_curve"] = report.learning_curve(trained.history)
-    if isinstance(scores, Returns):
+    if scores.primary == "return":
         figures |= _returns(trained, scores)
     elif experiment.tasks in CURVES and experiment.eval_steps:
         steps = (0, 1, experiment.eval_steps)
@@ -102,7 +101,7 @@ def pictures(trained: Trained, scores: Report | Returns, path: Path) -> list[str
     return [str(save_figure(figure, path / f"{name}.png")) for name, figure in figures.items()]
 
 
-def _returns(trained: Trained, found: Returns) -> dict[str, Figure]:
+def _returns(trained: Trained, found: Report) -> dict[str, Figure]:
     """Pictures of reinforcement learning."""
     title = TITLES[trained.experiment.algorithm]
     return {"returns": returns.returns_by_step({title: found}), **behaviour(trained)}
@@ -194,11 +193,11 @@ def _train_and_test(config: dict[str, Any], path: Path, *, as_json: bool) -> Non
               soft_wrap=True)  # fmt: skip
 
 
-def show(scores: Report | Returns, out: Console, title: str) -> None:
+def show(scores: Report, out: Console, title: str) -> None:
     """Print scores and the protocol that they belong to."""
-    if isinstance(scores, Returns):
+    if scores.primary == "return":
         out.print(report.returns_table({title: scores}))
-        if scores.values.shape[1] > 1:
+        if len(scores.at) > 1:
             mean, half = scores.gain(1)
             out.print(f"gain of the first step, task by task: {mean:.2f} ± {half:.2f}")
         out.print(report.protocol_line(scores.protocol), soft_wrap=True)
@@ -207,7 +206,7 @@ def show(scores: Report | Returns, out: Console, title: str) -> None:
     out.print(report.summary(scores), soft_wrap=True)
 
 
-def _test(trained: Trained, console: Console) -> dict[str, Report | Returns]:
+def _test(trained: Trained, console: Console) -> dict[str, Report]:
     """Scores under the protocol: both ways to predict for Reptile, whose paper reports both, and
     beside the single model the ensemble of the best, if they are kept."""
     experiment = trained.experiment
@@ -216,7 +215,7 @@ def _test(trained: Trained, console: Console) -> dict[str, Report | Returns]:
         ways["non_transductive"] = {"transductive": False}
     if experiment.keep > 1:
         ways["ensemble"] = {"ensemble": True}
-    reports: dict[str, Report | Returns] = {}
+    reports: dict[str, Report] = {}
     for name, how in ways.items():
         meta = trained.kept if name == "ensemble" else trained.meta
         with scoring(name.replace("_", "-"), experiment.episodes, console) as watch:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import io, metrics, report
-from ..engine.evaluate import Report
+from ..engine.report import Report
 from ..engine.run import Run
 from ..process import Interrupted
 from ..recipes import (
@@ -76,20 +76,6 @@ class Entry:
         return self.report.mean(metric), self.report.ci95(metric)
 
 
-def beyond(one: Report, other: Report, metric: str = "r2") -> tuple[float, float]:
-    """Mean over test episodes of one learner's score less another's, and half the 95 % interval.
-
-    Both have the same episodes, so the interval is of pairs: narrower than either's own where some
-    episodes are hard for all.
-    """
-    return _interval(one.values[metric][:, -1] - other.values[metric][:, -1])
-
-
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    """Mean, and half its 95 % interval. NaN where there are too few."""
-    return float(np.mean(values)) if len(values) else math.nan, float(metrics.ci95(values))
-
-
 def families(entry: Entry) -> dict[str, dict[str, Any]]:
     """Squared error of waves and of lines, where the tasks are either."""
     tasks = entry.trained.test.test
@@ -102,7 +88,7 @@ def families(entry: Entry) -> dict[str, dict[str, Any]]:
     lines = np.asarray(is_line(jnp.arange(len(mse), dtype=jnp.uint32)))
     found = {}
     for name, some in (("waves", mse[~lines]), ("lines", mse[lines])):
-        mean, half = _interval(some)
+        mean, half = map(float, metrics.interval(some))
         found[name] = {
             "episodes": len(some),
             "mse": mean,
@@ -221,7 +207,7 @@ def _beyond_ridge(entry: Entry, entries: list[Entry]) -> dict[str, Any]:
     ridge = _ridge(entries)
     if ridge is None:
         return {}
-    gain, half = beyond(entry.report, ridge.report)
+    gain, half = entry.report.difference(ridge.report, "r2")
     return {"r2_minus_ridge": io.strict({"mean": gain, "ci95": half})}
 
 
@@ -241,7 +227,8 @@ def _table(entries: list[Entry], of: dict[str, dict[str, Any]], title: str) -> T
     table.add_column("trained in", justify="right")
     for entry in entries:
         cells = [number(name, *entry.score(name)) for name in shown]
-        cells += [number("r2", *beyond(entry.report, ridge.report))] if ridge is not None else []
+        if ridge is not None:
+            cells.append(number("r2", *entry.report.difference(ridge.report, "r2")))
         cells += [number("mse", one["mse"], one["mse_ci95"]) for one in of[entry.name].values()]
         cells += [f"{entry.report.ece():.3f}"] if entry.report.bins is not None else []
         table.add_row(entry.name, *cells, f"{entry.trained.seconds:.0f} s")

@@ -23,6 +23,7 @@ from .. import program, roles, tree
 from ..conv import FastPath
 from ..learner import Meta, MetaLearner
 from ..process import check_not_forked, interruptible
+from ..protocols import Acting
 from ..task import Model, Splits, Task, TaskDistribution
 from . import feed
 from .divergence import Cause, diagnose
@@ -176,8 +177,8 @@ def fit(
             maps over tasks by itself.
         validate: distribution to select the best meta-parameters on; never the test split.
         validate_every: meta-steps between validations; a tenth of `steps` if `None`.
-        validation: arguments of `evaluate` for it; 200 episodes unless told otherwise. For
-            roll-outs, of `adaptax.rl.evaluate`.
+        validation: arguments of `evaluate` for it; 200 episodes unless told otherwise, of
+            roll-outs 40.
         patience: stop after so many validations without improvement.
         keep: how many of the best meta-parameters by validation to keep.
         run: folder for checkpoints, metrics and TensorBoard events.
@@ -442,11 +443,10 @@ def _program(
 
 def _judge(
     learner: MetaLearner, tasks: TaskDistribution, fast_path: FastPath, how: dict[str, Any]
-) -> Any:
-    """What validates: an `Evaluator`, or what takes its place for tasks that bring their own."""
-    if hasattr(tasks, "evaluator"):
-        return tasks.evaluator(learner, **how)
-    return Evaluator(learner, tasks, **{"episodes": 200, "fast_path": fast_path, **how})
+) -> Evaluator:
+    """What validates, by 200 episodes unless told otherwise."""
+    usual = {} if isinstance(tasks, Acting) or how.get("goals") else {"episodes": 200}
+    return Evaluator(learner, tasks, **{**usual, "fast_path": fast_path, **how})
 
 
 def _reselect(state: State, before: Any, now: dict[str, Any]) -> State:

@@ -20,7 +20,8 @@ from .. import inner, io, models, rl, tree
 from ..algorithms.checkpoint_ensemble import CheckpointEnsemble
 from ..algorithms.gaussian import Gaussian, gamma_prior
 from ..algorithms.leo import LEORegression
-from ..engine.evaluate import Evaluator
+from ..engine.evaluate import ACTING, PREDICTING, Evaluator
+from ..engine.report import Report
 from ..engine.run import Run
 from ..engine.train import Outer, Result, best_of, fit, initial_state
 from ..learner import Meta, MetaLearner
@@ -188,7 +189,8 @@ class Experiment:
     @property
     def episodes(self) -> int:
         """Test episodes; of environments, goals."""
-        return self.evaluation.get("goals" if self.tasks in ENVIRONMENTS else "episodes", 600)
+        usual = 40 if self.tasks in ENVIRONMENTS else 600
+        return self.evaluation.get("goals") or self.evaluation.get("episodes", usual)
 
     @property
     def way(self) -> int | None:
@@ -307,23 +309,18 @@ class Experiment:
                 f"{self.tasks}, of shape {x.shape[1:]}: {reason}"
             ) from None
 
-    def judge(self, tasks: TaskDistribution, *, ensemble: bool = False, **how: Any) -> Any:
+    def judge(self, tasks: TaskDistribution, *, ensemble: bool = False, **how: Any) -> Evaluator:
         """What scores meta-parameters on these tasks; see `test`."""
-        how = {**self.evaluation, **how}
-        if self.tasks in ENVIRONMENTS:
-            if how.get("episodes") is not None:
-                how["goals"] = how["episodes"]
-            known = ("goals", "steps", "trajectories", "lr", "batch")
-            how = {name: value for name, value in how.items() if name in known}
+        twins = {"goals": "episodes", "episodes": "goals"}
+        own = {n: v for n, v in self.evaluation.items() if how.get(twins.get(n, "")) is None}
         learner = self.build_learner()
         learner = CheckpointEnsemble(learner.loss, learner) if ensemble else learner
-        make = tasks.evaluator if hasattr(tasks, "evaluator") else _evaluator(tasks)
-        return make(learner, **how)
+        return Evaluator(learner, tasks, **{**own, **how})
 
     def test(
         self, meta: Meta, splits: Splits, *, split: str = "test", ensemble: bool = False, **how: Any
-    ) -> Any:
-        """A `Report` on a split, or `Returns` of environments; `how` overrides `evaluation`.
+    ) -> Report:
+        """The report on a split; `how` overrides `evaluation`.
 
         With `ensemble`, `meta` are the checkpoints that were kept.
         """
@@ -413,8 +410,9 @@ def sections(experiment: Any) -> dict[str, Any]:
         "outer": _outer(e.outer, acting),
         "evaluation": schema.checked(
             "evaluation", e.evaluation,
-            schema.taken(rl.Evaluator, ("learner", "tasks")) if acting
-            else schema.taken(Evaluator, ("learner", "tasks", "watch")),
+            schema.taken(
+                Evaluator, ("learner", "tasks", "watch", *(PREDICTING if acting else ACTING))
+            ),
         ),
     }  # fmt: skip
     for name in ("steps", "meta_batch", "keep"):
@@ -565,10 +563,6 @@ class _AtRate(MetaLearner):
     def iterates(self, meta: Meta, support: Source, **how: Any) -> Model:
         model, rate = meta
         return dataclasses.replace(self.learner, inner_lr=rate).iterates(model, support, **how)
-
-
-def _evaluator(tasks: TaskDistribution) -> Callable[..., Evaluator]:
-    return lambda learner, **how: Evaluator(learner, tasks, **how)
 
 
 def _policy(env: rl.Environment, network: dict[str, Any]) -> Model:

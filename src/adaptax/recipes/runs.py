@@ -17,8 +17,9 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from ..engine.evaluate import predict
 from ..engine.fingerprint import fingerprint
+from ..engine.predict import predict
+from ..engine.report import Report
 from ..engine.run import Run, differences
 from ..engine.train import fit as ax_fit
 from ..learner import Meta, MetaLearner
@@ -326,7 +327,8 @@ def _validation(experiment: Experiment) -> dict[str, Any]:
     if experiment.tasks in ENVIRONMENTS:
         how = dict(experiment.evaluation)
         most = 8 if experiment.tasks in BODIES else 40
-        return {**how, "goals": min(how.get("goals", 40), most)}
+        how.pop("episodes", None)
+        return {**how, "goals": min(experiment.episodes, most)}
     kept = ("noise", "select")
     return {
         **{name: experiment.evaluation[name] for name in kept if name in experiment.evaluation},
@@ -397,8 +399,8 @@ class LoadedRun:
         """The task distributions of the test protocol, read when they are first asked for."""
         return self.experiment.splits(self.config["data_root"], test=True)
 
-    def evaluate(self, *, split: str = "test", ensemble: bool = False, **how: Any) -> Any:
-        """Score the run on episodes: a `Report`, or `Returns` of environments.
+    def evaluate(self, *, split: str = "test", ensemble: bool = False, **how: Any) -> Report:
+        """Score the run on episodes.
 
         Every run sees the same episodes.
 
@@ -492,6 +494,4 @@ def adapt_and_predict(
 
     if count is not None and count != experiment.way:
         learner = dataclasses.replace(learner, loss=of_these)
-
-    model = learner.adapt(meta, support, key=jax.random.key(0))
-    return predict(model, x, support.x, transductive=transductive)[..., :count]
+    return predict(learner, meta, support, x, transductive=transductive)[..., :count]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..engine.evaluate import Report
+from ..engine.report import Report
 from .style import COLOURS, MARKERS, canvas, styled
 
 

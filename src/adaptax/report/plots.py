@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..engine.evaluate import Report
+from ..engine.report import Report
 from ..engine.scoring import known_sign
 from .style import COLOURS, MARKERS, METRICS, canvas, scale, styled
 

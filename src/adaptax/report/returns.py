@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from ..engine.report import Report
 from ..learner import Ensemble, Meta, MetaLearner
-from ..rl import Navigation, Policies, Returns, Tasks
+from ..rl import Navigation, Policies, Tasks
 from ..task import Batch
 from .style import COLOURS, MARKERS, canvas, styled
 
@@ -26,7 +27,7 @@ LINES = (*COLOURS, "#999999")
 
 @styled
 def returns_by_step(
-    returns: Mapping[str, Returns],
+    returns: Mapping[str, Report],
     *,
     paper: Mapping[str, Mapping[int, float]] | None = None,
     title: str = "",
@@ -51,7 +52,7 @@ def returns_by_step(
     ax, colours = axes[0, 0], {}
     for i, (name, one) in enumerate(returns.items()):
         colour = colours[name] = LINES[i % len(LINES)]
-        steps = range(one.values.shape[1])
+        steps = range(len(one.at))
         mean = np.array([one.mean(step=step) for step in steps])
         half = np.array([one.ci95(step=step) for step in steps])
         ax.plot(steps, mean, color=colour, marker=MARKERS[i % len(MARKERS)], label=name, zorder=3)

@@ -8,8 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..engine.evaluate import Report
-from ..rl import Returns
+from ..engine.report import Report
 from .style import scale
 
 
@@ -98,7 +97,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Tabl
 
 
 def returns_table(
-    returns: Mapping[str, Returns],
+    returns: Mapping[str, Report],
     title: str = "",
     paper: Mapping[str, Mapping[int, float]] | None = None,
 ) -> Table:
@@ -110,7 +109,7 @@ def returns_table(
         paper: published returns, `{name: {steps: return}}`.
     """
     paper = paper or {}
-    most = max(one.values.shape[1] for one in returns.values())
+    most = max(len(one.at) for one in returns.values())
     table = Table(title=title or None, title_justify="left")
     table.add_column("learner")
     for step in range(most):
@@ -119,8 +118,7 @@ def returns_table(
         table.add_column("paper")
     for name, one in returns.items():
         cells = [
-            f"{one.mean(step=step):.2f} ± {one.ci95(step=step):.2f}"
-            for step in range(one.values.shape[1])
+            f"{one.mean(step=step):.2f} ± {one.ci95(step=step):.2f}" for step in range(len(one.at))
         ]
         cells += [""] * (most - len(cells))
         if paper:

@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from .. import program
-from ..engine.evaluate import learned_noise, predict
+from ..engine.predict import learned_noise, predictions
 from ..learner import Meta, MetaLearner
 from ..studies.active import ActiveCurves
 from ..task import Batch, HostTaskDistribution, Model, Task, TaskDistribution
@@ -393,7 +393,7 @@ def _predictions(
     """An adapted model, and its predictions, leading with particles if any."""
     model = learner.adapt(meta, support, key=key)
     x = jnp.asarray(x, support.x.dtype)
-    return model, np.asarray(predict(model, x, support.x, transductive=True))
+    return model, np.asarray(predictions(model, x, support.x, transductive=True))
 
 
 def _sample(tasks: TaskDistribution, key: PRNGKeyArray) -> Task:

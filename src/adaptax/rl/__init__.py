@@ -10,11 +10,12 @@ The learners are those of supervised learning, unchanged: a task's support and q
 roll-outs of the policy they are handed, where elsewhere they answer with data.
 """
 
+from ..engine.evaluate import Evaluator, evaluate
+from ..engine.report import Report as Returns
 from .advantages import discounted, gae, masked_mean, standardise
 from .bandit import Bandit, GaussianBandit
 from .baseline import features, fitted_values
 from .environment import Environment
-from .evaluate import Evaluator, Returns, evaluate
 from .families import ant, bandit, half_cheetah, navigation, splits, tabular_mdp
 from .frozen import Collected, Frozen, adapt, collect
 from .hosted import Gymnasium

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree
 
-from .. import inner, roles
-from ..learner import Ensemble, MetaLearner
+from .. import inner, roles, tree
+from ..learner import Meta, MetaLearner
+from ..protocols import Listed, Particles, Timed
 from ..task import Batch, Model, Task, TaskDistribution
 from .advantages import discounted, gae, standardise
 from .baseline import fitted_values
 from .environment import Environment, EnvTask
-from .policies import Policies
-
-if TYPE_CHECKING:
-    from .evaluate import Evaluator
 
 
 class Steps(eqx.Module):
@@ -78,10 +76,10 @@ class RollOut(eqx.Module):
 
     def draw(self, model: Model, key: PRNGKeyArray) -> Batch:
         """Roll-outs of this policy; of each in an ensemble, leading with the axis of policies."""
-        if isinstance(model, Ensemble | Policies):
+        if isinstance(model, Particles):
             return model.map(self.draw, jax.random.split(key, model.particles))
         policy = inner.stop(model)
-        env = self.env.until(self.horizon) if hasattr(self.env, "until") else self.env
+        env = self.env.until(self.horizon) if isinstance(self.env, Timed) else self.env
         reset_key, step_key = jax.random.split(key)
         keys = jax.random.split(reset_key, self.trajectories)
         state = jax.vmap(env.reset, in_axes=(0, None))(keys, self.task)
@@ -173,7 +171,7 @@ class Tasks(TaskDistribution):
         With two directions to run in, drawn by chance, most meta-batches would want one more
         often than the other, and a policy that is to be fit for both drifts to and fro.
         """
-        few = getattr(self.env, "all_tasks", None)
+        few = self.env.all_tasks if isinstance(self.env, Listed) else None
         if few is None:
             return self.sample(key)
         count = len(jax.tree.leaves(few)[0])
@@ -186,11 +184,39 @@ class Tasks(TaskDistribution):
         )  # fmt: skip
         return Task(source, source)
 
-    def evaluator(self, learner: MetaLearner, **how: Any) -> Evaluator:
-        """What `fit` validates with: `adaptax.rl.Evaluator`, whose arguments are `how`."""
-        from .evaluate import Evaluator
+    def judged(
+        self, learner: MetaLearner, meta: Meta, loaded: PyTree, steps: int
+    ) -> dict[str, Array]:
+        """The return of one task's roll-outs after 0, 1, … gradient steps, and whether the policy
+        is finite then; see `adaptax.protocols.Acting`."""
+        key, i = loaded
+        task_key, adapt_key, judge_key = jax.random.split(key, 3)
+        task = self.episode(task_key, i)
+        path = learner.iterates(roles.fresh(meta, key), task.support, key=adapt_key, steps=steps)
+        arrays, rest = eqx.partition(path, eqx.is_array)
 
-        return Evaluator(learner, self, **how)
+        def judge(arrays: PyTree) -> tuple[Array, Array]:
+            policy = eqx.combine(arrays, rest)
+            return task.query.draw(policy, judge_key).y.total, tree.finite(policy)
+
+        total, sound = jax.lax.map(judge, arrays)
+        return {"return": total, "sound": sound}
+
+    def settled(self, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The returns, NaN where the policy was not finite.
+
+        Raises:
+            ValueError: if the environment paid what is not a number.
+        """
+        returns, sound = found["return"], found["sound"]
+        wrong = sound & ~np.isfinite(returns)
+        if wrong.any():
+            raise ValueError(
+                f"{type(self.env).__name__} paid rewards that are not finite in "
+                f"{wrong.any(axis=1).sum()} of {len(wrong)} tasks, first after "
+                f"{np.argmax(wrong.any(axis=0))} gradient steps; check its step()"
+            )
+        return {"return": np.where(sound, returns, np.nan)}
 
     def describe(self) -> dict[str, Any]:
         """Environment, split, trajectories and horizon."""

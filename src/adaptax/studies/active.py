@@ -21,8 +21,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from .. import io, metrics, roles
 from ..engine import feed
-from ..engine.evaluate import predict
 from ..engine.mapping import Mapping, chunk_size, with_fast_path
+from ..engine.predict import predictions
 from ..learner import Meta, MetaLearner
 from ..task import Batch, Splits, Task, TaskDistribution
 
@@ -55,7 +55,7 @@ class ActiveCurves:
 
     def mean(self, strategy: str, metric: str | None = None) -> Float[np.ndarray, " sizes"]:
         """Mean over episodes at every number of labels, of the primary metric if not told."""
-        return _mean(self._of(strategy, metric))
+        return metrics.interval(self._of(strategy, metric))[0]
 
     def ci95(self, strategy: str, metric: str | None = None) -> Float[np.ndarray, " sizes"]:
         """Half the 95 % confidence interval of that mean: 1.96 standard errors over episodes."""
@@ -74,8 +74,7 @@ class ActiveCurves:
             of: strategy.
             to: the strategy to compare it with.
         """
-        paired = self._of(of, metric) - self._of(to, metric)
-        return _mean(paired), metrics.ci95(paired)
+        return metrics.interval(self._of(of, metric) - self._of(to, metric))
 
     @property
     def informed(self) -> list[str]:
@@ -336,7 +335,7 @@ class _Game(eqx.Module):
             labelled = jax.tree.map(lambda a: a[order[:count]], pool)
             model = self.learner.adapt(meta, labelled, key=adapt_key)
             query = task.query.draw(model, query_key)
-            answer = lambda x: predict(model, x, labelled.x, transductive=True)  # noqa: E731
+            answer = lambda x: predictions(model, x, labelled.x, transductive=True)  # noqa: E731
             scores = self._scores(answer(query.x), query.y)
             if not ask:
                 return scores, order
@@ -422,8 +421,3 @@ def _check(
         raise ValueError(f"strategies is a sequence of {', '.join(STRATEGIES)}, not {strategies!r}")
     if not noise > 0:
         raise ValueError(f"noise is a positive standard deviation, not {noise}")
-
-
-def _mean(values: np.ndarray) -> np.ndarray:
-    with np.errstate(all="ignore"):
-        return np.mean(values, axis=0)

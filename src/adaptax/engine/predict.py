@@ -1,0 +1,96 @@
+"""Predictions of adapted models."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from .. import program, roles
+from ..conv import FastPath, fast
+from ..learner import Ensemble, Meta, MetaLearner
+from ..protocols import Noisy
+from ..task import Model, Source
+
+
+def predict(
+    learner: MetaLearner,
+    meta: Meta,
+    support: Source,
+    x: PyTree,
+    *,
+    key: PRNGKeyArray | None = None,
+    transductive: bool = True,
+    fast_path: FastPath = "auto",
+) -> PyTree:
+    """Adapt to a support set and predict queries, `(n, out)`, of an ensemble `(particles, n, out)`.
+
+    Args:
+        learner: any `MetaLearner`.
+        meta: its meta-parameters, `result.meta`.
+        support: labelled examples, usually a `Batch`.
+        x: queries, leading with the example axis.
+        key: of adaptation, for learners and models that draw; `jax.random.key(0)` if `None`.
+        transductive: predict all queries as one batch; else each with the support set alone, so
+            that nothing computed over the batch lets it see another query.
+        fast_path: see `adaptax.conv.fast`.
+    """
+    key = jax.random.key(0) if key is None else key
+    model = learner.adapt(meta, support, key=key)
+    known = support.draw(model, key).x
+    return predictions(model, x, known, transductive=transductive, fast_path=fast_path)
+
+
+def predictions(
+    model: Model,
+    x: PyTree,
+    support_x: PyTree,
+    *,
+    transductive: bool,
+    fast_path: FastPath = "auto",
+) -> PyTree:
+    """What an adapted model predicts; see `predict`.
+
+    Args:
+        model: an adapted model or an `Ensemble`.
+        x: queries, leading with the example axis.
+        support_x: the inputs it was adapted to.
+        transductive: all queries in one batch; else one by one.
+        fast_path: see `adaptax.conv.fast`.
+    """
+    return program.call(_predict, model, x, support_x, transductive, fast_path)
+
+
+def _predict(
+    model: Model, x: PyTree, support_x: PyTree, transductive: bool, fast_path: FastPath
+) -> Float[Array, ...]:
+    call = fast(roles.apply, fast_path)
+    if transductive:
+        return call(model, x)
+    axis = 1 if isinstance(model, Ensemble) else 0
+
+    def alone(one: PyTree) -> PyTree:
+        batch = jax.tree.map(lambda s, q: jnp.concatenate([s, q[None]]), support_x, one)
+        return jax.tree.map(lambda out: jnp.take(out, -1, axis=axis), call(model, batch))
+
+    # Sixteen at a time bounds memory and keeps the matrix products large.
+    each = jax.lax.map(alone, x, batch_size=16)
+    return jax.tree.map(lambda out: jnp.moveaxis(out, 0, axis), each)
+
+
+def learned_noise(model: Model) -> Float[Array, "*particles"]:
+    """The standard deviations that a model, or each of an ensemble, learned.
+
+    Raises:
+        ValueError: for a model that has none.
+    """
+
+    def noise(model: Model) -> Array:
+        if not isinstance(model, Noisy):
+            raise ValueError(
+                f'noise="learned" asks the model for its `noise`, and {type(model).__name__} has '
+                "none; wrap it in adaptax.Gaussian, or give a number"
+            )
+        return model.noise
+
+    return model.map(noise) if isinstance(model, Ensemble) else noise(model)
