@@ -17,9 +17,7 @@ from adaptax.cli import extractor, main, pretraining
 from adaptax.cli.progress import Watcher
 from adaptax.tasks.embeddings import embeddings
 
-PRETRAIN = importlib.import_module(
-    "adaptax.engine.pretrain"
-)  # the name is that of the function, too
+PRETRAIN = importlib.import_module("adaptax.engine.pretrain")
 TINY = ["--width", "4", "--down", "stride", "--epochs", "3", "--batch", "16"]
 CLASSES = {"train": 4, "val": 2, "test": 3}
 
