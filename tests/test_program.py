@@ -3,6 +3,7 @@
 import gc
 import os
 import threading
+import types
 import weakref
 from pathlib import Path
 
@@ -186,6 +187,68 @@ def test_what_a_loss_closes_over_is_seen(zero):
 
     assert not equal(of(zero + 1), net())
     assert equal(of(zero), net())
+
+
+SETTINGS = {"scale": [1.0]}
+
+
+@pytest.mark.parametrize(
+    ("held", "of", "change"),
+    [
+        ([1.0], lambda held: held[0], lambda held, v: held.__setitem__(0, v)),
+        ([[3], [1.0]], lambda held: held[1][0], lambda held, v: held[1].__setitem__(0, v)),
+        ({"a": 1.0}, lambda held: held["a"], lambda held, v: held.update(a=v)),
+        ({1}, lambda held: float(sum(held)), lambda held, v: (held.clear(), held.add(int(v)))),
+        ([jnp.ones(1)], lambda held: held[0], lambda held, v: held.__setitem__(0, jnp.full(1, v))),
+        (types.SimpleNamespace(a=1.0), lambda held: held.a, lambda held, v: setattr(held, "a", v)),
+    ],
+    ids=["list", "nested", "dict", "set", "arrays", "namespace"],
+)
+def test_a_container_that_changes_in_place_is_seen(held, of, change):
+    loss = lambda model, batch: jnp.sum(of(held) * mse(model, batch))
+    learner = ax.MAML(loss, 0.1)
+    moved = learner.adapt(net(), batch(), key=KEY)
+    with compilations() as compiled:
+        learner.adapt(net(), batch(1), key=KEY)
+    assert not compiled
+    change(held, 0)
+    assert equal(learner.adapt(net(), batch(), key=KEY), net())
+    assert not equal(moved, net())
+
+
+def test_a_global_container_and_a_variable_of_a_class_are_seen():
+    class Scaled(Own):
+        scale = 1.0
+
+        def adapt(self, meta, support, *, key):
+            rate = SETTINGS["scale"][0] * self.scale
+            return ax.inner.descend(self.loss, meta["model"], support, lr=rate, steps=1, key=key)
+
+    learner = Scaled(mse)
+    adapt = lambda: learner.adapt(learner.init(net(), key=KEY), batch(), key=KEY)
+    for rate in (1.0, 0.0, 1.0):
+        SETTINGS["scale"][0] = rate
+        assert equal(adapt(), net()) == (rate == 0)
+    Scaled.scale = 0.0
+    assert equal(adapt(), net())
+
+
+def test_a_container_that_tracing_changes_is_compared_no_more():
+    log, held = [], [1.0]
+
+    def loss(model, batch):
+        log.append(mse(model, batch))  # a tracer
+        return held[0] * log[-1]
+
+    held.append(loss)  # a circle
+    learner = ax.MAML(loss, 0.1)
+    moved = learner.adapt(net(), batch(), key=KEY)
+    with compilations() as compiled:
+        learner.adapt(net(), batch(1), key=KEY)
+    assert not compiled
+    held[0] = 0.0
+    assert equal(learner.adapt(net(), batch(), key=KEY), net())
+    assert not equal(moved, net())
 
 
 def test_attributes_of_a_loss_are_seen():

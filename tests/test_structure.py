@@ -12,8 +12,19 @@ import adaptax as ax
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "adaptax"
 
-GROUND = {"task", "tree", "roles", "losses", "metrics", "io", "text", "process", "protocols"}
-PRIMITIVES = {"inner", "svgd", "conv", "rewrite", "batch_norm", "roots", "watch", "program"}
+GROUND = {
+    "task",
+    "tree",
+    "roles",
+    "losses",
+    "metrics",
+    "io",
+    "text",
+    "process",
+    "protocols",
+    "origins",
+}
+PRIMITIVES = {"inner", "svgd", "conv", "rewrite", "batch_norm", "roots", "watch", "program", "look"}
 ROOMS = {
     "ground": set(),
     "primitives": {"ground"},

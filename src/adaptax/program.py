@@ -5,25 +5,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import dis
-import functools
-import sys
-import sysconfig
 import threading
-import types
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import jax
-import numpy as np
 
 from . import roles
+from .look import Look
 from .process import check_not_forked
 
 LIMIT = 32
@@ -35,13 +27,6 @@ _UNTRACEABLE = (
     jax.errors.TracerIntegerConversionError,
     jax.errors.NonConcreteBooleanIndexError,
 )
-_INSTALLED = (
-    *(str(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib")),
-    str(Path(__file__).parent),
-)
-_PLAIN = frozenset((bool, int, str, bytes, type(None)))
-_SMALL = 2**16  # bytes of a NumPy array that are compared at every call
-
 _programs: OrderedDict[Hashable, _Program] = OrderedDict()
 _lock = threading.Lock()
 _given: ContextVar[Any] = ContextVar("given")
@@ -55,7 +40,8 @@ def call(function: Callable[..., Any], *args: Any, donate: Collection[int] = ())
     the rest is equal. Functions are equal if their code, their defaults and the variables that
     they close over are; outside of installed packages also the global variables that they read.
     So a loss or an optax rule that is made anew at every call does not compile anew, and one
-    whose variables have changed does. Arrays among such variables are compared by identity.
+    whose variables have changed does. Lists, dictionaries, sets and namespaces among them are
+    compared by content, unless tracing itself changes them; arrays by identity.
 
     No argument is kept. What cannot be compared is compiled anew at every call; what cannot be
     traced, since it asks for values, runs uncompiled. With traced arguments this is a plain call.
@@ -78,7 +64,10 @@ def call(function: Callable[..., Any], *args: Any, donate: Collection[int] = ())
     try:
         if program.traceable:
             arrays = [[leaf for leaf in leaves if eqx.is_array(leaf)] for leaves, _ in parts]
-            return out(program.result(program.run(*arrays)))
+            result = program.result(program.run(*arrays))
+            if not program.settled:
+                program.settle(function, once)
+            return out(result)
     except _UNTRACEABLE:
         program.traceable = False
     finally:
@@ -102,8 +91,9 @@ class _Program:
     What is no array it reads from `_given` when it is traced, and keeps none of it.
     """
 
-    def __init__(self, name: str, donate: Collection[int], alive: list[weakref.ref[Any]]):
-        self.alive, self.traceable = alive, True
+    def __init__(self, name: str, donate: Collection[int], look: Look):
+        self.alive, self.contents = look.alive, look.contents
+        self.traceable, self.settled = True, not look.contents
         rest: list[Any] = []
 
         def traced(*arrays: list[Any]) -> list[Any]:
@@ -127,197 +117,35 @@ class _Program:
         leaves = [next(found) if leaf is None else leaf[0] for leaf in static]
         return jax.tree.unflatten(structure, leaves)
 
+    def settle(self, function: Callable[..., Any], args: Any) -> None:
+        """Compare no container any more that tracing has changed."""
+        now = Look()
+        now((function, args), traced=True)
+        kept = {key: old for key, old in self.contents.items() if old == now.contents.get(key)}
+        self.contents, self.settled = kept, True
+
+    def suits(self, contents: dict[Any, Hashable]) -> bool:
+        """Whether the containers that it was made with hold what they held."""
+        return all(old == contents.get(key) for key, old in self.contents.items())
+
 
 def _find(function: Callable[..., Any], args: Any, donate: Collection[int]) -> _Program:
     """The program of these arguments, a new one if there is none."""
-    look = _Look()
+    look = Look()
     name = getattr(function, "__qualname__", "call").replace("<locals>", "")
     try:
         precision = jax.dtypes.canonicalize_dtype(float)
         key = look((function, args), traced=True), tuple(donate), precision
         hash(key)
     except (TypeError, RecursionError):  # not hashable: is the next one equal? No telling.
-        return _Program(name, donate, [])
+        return _Program(name, donate, Look())
     with _lock:
         program = _programs.pop(key, None)
-        if program is None:
-            program = _Program(name, donate, look.alive)
+        if program is None or not program.suits(look.contents):
+            program = _Program(name, donate, look)
             for old in [k for k, p in _programs.items() if any(r() is None for r in p.alive)]:
                 del _programs[old]
         _programs[key] = program
         while len(_programs) > LIMIT:
             _programs.popitem(last=False)
     return program
-
-
-class _Same:
-    """An object compared by identity, and not kept alive if that can be."""
-
-    def __init__(self, ref: Callable[[], Any], number: int):
-        self.ref, self.number = ref, number
-
-    def __hash__(self) -> int:
-        return self.number
-
-    def __eq__(self, other: object) -> bool:
-        mine = self.ref()
-        return isinstance(other, _Same) and mine is not None and mine is other.ref()
-
-
-class _Look:
-    """Makes of an object what two objects have alike that a program need not tell apart.
-
-    Called with `traced=True` for arrays that are inputs, of which shape and dtype count.
-    """
-
-    def __init__(self) -> None:
-        self.alive: list[weakref.ref[Any]] = []
-        self._owner: list[weakref.ref[Any]] = []  # the function whose variables are looked at
-        self._seen: dict[int, int] = {}
-
-    def __call__(self, x: Any, traced: bool = False) -> Hashable:
-        kind: Any = type(x)
-        if kind in _PLAIN:
-            return kind, x
-        if issubclass(kind, eqx.Module):
-            # Past Equinox's own way to attributes, which is slow.
-            fields, own = kind.__dataclass_fields__, object.__getattribute__(x, "__dict__")
-            return self(kind), *(
-                self(own.get(name), traced and not field.metadata.get("static", False))
-                for name, field in fields.items()
-            )
-        if kind in (tuple, list) or (issubclass(kind, tuple) and hasattr(x, "_fields")):
-            return kind, *(self(item, traced) for item in x)
-        if kind is set or kind is frozenset:
-            return kind, frozenset(self(item) for item in x)
-        if kind is dict:
-            return kind, *((self(k), self(v, traced)) for k, v in x.items())
-        if isinstance(x, jax.core.Tracer):
-            raise TypeError("a traced array, which is gone after its program is made")
-        if eqx.is_array(x):
-            if traced:
-                return kind is np.ndarray, x.shape, x.dtype, getattr(x, "weak_type", False)
-            if isinstance(x, jax.Array):
-                self.alive += self._owner
-                return self._same(x)
-            if x.nbytes > _SMALL or x.dtype.hasobject:
-                raise TypeError("a large NumPy array, which may change")
-            return x.shape, x.dtype, x.tobytes()
-        if kind is float or kind is complex:
-            return kind, repr(x)  # which tells 0.0 from −0.0
-        if kind is types.FunctionType:
-            return self._once(x, self._function)
-        if issubclass(kind, type):
-            return self._once(x, self._class) if _own(x.__module__) else x
-        if isinstance(x, functools.partial):
-            traced = traced and isinstance(x, jax.tree_util.Partial)
-            return kind, self(x.func), self(x.args, traced), self(x.keywords, traced)
-        if kind is types.MethodType:
-            return kind, self(x.__func__), self(x.__self__)
-        node = jax.tree_util.default_registry.flatten_one_level(x)
-        if node is not None and node[1] is not x:  # which what is registered as static is
-            return kind, self(node[1]), *(self(child, traced) for child in node[0])
-        if dataclasses.is_dataclass(x) and kind.__eq__ is not object.__eq__:
-            own = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
-            return kind, self({**own, **getattr(x, "__dict__", {})})
-        if kind.__eq__ is not object.__eq__ and _hashable(x):
-            return kind, x
-        written = type(kind.__dict__.get("__call__")) is types.FunctionType
-        if written and hasattr(x, "__dict__") and not kind.__module__.startswith("jax."):
-            return self._once(x, self._callable)
-        return self._same(x)
-
-    def _function(self, f: types.FunctionType) -> Hashable:
-        """The code of a function and the variables that it reads."""
-        code, installed = f.__code__, _installed(f.__code__.co_filename)
-        if "jaxtyping" in code.co_filename and hasattr(f, "__wrapped__"):
-            return self(f.__wrapped__)  # it checks types, by objects made for every function
-        if installed and f.__closure__ is None and f.__qualname__ == f.__name__:
-            return f
-        reads, writes = _variables(code, code.co_filename)
-        cells = zip(code.co_freevars, f.__closure__ or (), strict=True)
-        seen = [_content(cell) for name, cell in cells if name not in writes]
-        seen += [f.__globals__.get(name) for name in reads]
-        seen += [item for item in vars(f).items() if item[0] not in writes]
-        owner, self._owner = self._owner, [weakref.ref(f)]
-        defaults = self(f.__defaults__), self(f.__kwdefaults__)
-        key = code, f.__module__, defaults, *(self._variable(v, f, installed) for v in seen)
-        self._owner = owner
-        return key
-
-    def _callable(self, x: Any) -> Hashable:
-        """An object, and its attributes."""
-        code = type(x).__call__.__code__
-        _, writes = _variables(code, code.co_filename)
-        seen = [value for name, value in vars(x).items() if name not in writes]
-        return self._same(x), *(self._variable(v, x, _installed(code.co_filename)) for v in seen)
-
-    def _variable(self, value: Any, owner: Any, installed: bool) -> Hashable:
-        # Not by what it holds: a list that tracing appends to is no reason to compile again.
-        if type(value) in (list, dict, set) and not installed:
-            return self._same(owner), id(value)
-        return self(value)
-
-    def _class(self, kind: type) -> Hashable:
-        """A class of the user's, and the variables that its methods read."""
-        members = [m for c in kind.__mro__ if _own(c.__module__) for m in vars(c).values()]
-        functions = [getattr(m, "fget", getattr(m, "__func__", m)) for m in members]
-        own = [f for f in functions if isinstance(f, types.FunctionType)]
-        return self._same(kind), *(self._once(f, self._function) for f in own)
-
-    def _once(self, x: Any, look: Callable[[Any], Hashable]) -> Hashable:
-        """What `look` gives; where x was met before, on the way to itself too, its number."""
-        if id(x) in self._seen:
-            return _Same, self._seen[id(x)]
-        self._seen[id(x)] = len(self._seen)
-        return look(x)
-
-    def _same(self, x: Any) -> Hashable:
-        try:
-            ref = weakref.ref(x)
-        except TypeError:  # it has slots, or is of another language
-            return _Same(lambda: x, id(x))
-        self.alive.append(ref)
-        return _Same(ref, id(x))
-
-
-def _hashable(x: Any) -> bool:
-    try:
-        hash(x)
-    except TypeError:
-        return False
-    return True
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet
-        return _content
-
-
-@functools.lru_cache(4096)
-def _installed(file: str) -> bool:
-    """Whether code comes from an installed package, whose variables stay as they are."""
-    return file.startswith(_INSTALLED)
-
-
-@functools.lru_cache(4096)
-def _variables(code: types.CodeType, file: str) -> tuple[list[str], set[str]]:
-    """Global variables that code reads and does not write; other names that it writes to."""
-    if _installed(file):
-        return [], set()
-    codes, found = [code], []
-    for one in codes:
-        codes += [inner for inner in one.co_consts if isinstance(inner, types.CodeType)]
-        found += [(i.opname, i.argval) for i in dis.get_instructions(one)]
-    named = lambda *kinds: [name for kind, name in dict.fromkeys(found) if kind in kinds]  # noqa: E731
-    reads, writes = named("LOAD_GLOBAL", "LOAD_NAME"), named("STORE_GLOBAL")
-    return [name for name in reads if name not in writes], set(named("STORE_DEREF", "STORE_ATTR"))
-
-
-@functools.lru_cache(4096)
-def _own(module: str) -> bool:
-    """Whether a module is the user's, whose variables may change."""
-    file = getattr(sys.modules.get(module), "__file__", None) or ""
-    return module not in sys.builtin_module_names and not _installed(file)

@@ -12,15 +12,11 @@ from __future__ import annotations
 
 import copyreg
 import dataclasses
-import dis
 import enum
 import functools
 import importlib.metadata
 import json
 import platform
-import re
-import sys
-import sysconfig
 import types
 import zlib
 from collections.abc import Iterator, Mapping
@@ -31,11 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-INSTALLED = (
-    *(str(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib")),
-    str(Path(__file__).parents[1]),
-)
-"""Functions and classes from there count by their names."""
+from ..origins import installed, instructions, of_library, unchecked
 
 UNKNOWN = "cannot be compared"
 """Ends the text of what cannot be looked into."""
@@ -198,8 +190,8 @@ class _Walk:
 
     def _function(self, path: Names, function: types.FunctionType) -> None:
         code = function.__code__
-        if "__wrapped__" in vars(function) and re.search("jaxtyping|beartype", code.co_filename):
-            self.visit(path, vars(function)["__wrapped__"])  # checks of types alone
+        if (wrapped := unchecked(function)) is not function:
+            self.visit(path, wrapped)
             return
         self.found[path] = _name(function)
         ours = _of_library(function)
@@ -311,10 +303,8 @@ def _name(thing: Any) -> str:
 def _of_library(thing: Any) -> bool:
     code = getattr(thing, "__code__", None)
     if isinstance(code, types.CodeType):
-        return code.co_filename.startswith((*INSTALLED, "<frozen"))
-    module = str(getattr(thing, "__module__", None))
-    file = getattr(sys.modules.get(module), "__file__", None)
-    return module != "__main__" if file is None else file.startswith(INSTALLED)
+        return installed(code.co_filename)
+    return of_library(getattr(thing, "__module__", None))
 
 
 def _slots(value: Any) -> list[str]:
@@ -341,19 +331,16 @@ def _code(code: types.CodeType, doc: str | None = None) -> str:
 def _globals(code: types.CodeType) -> Iterator[list[str]]:
     """Global names that a function uses, with the attributes that it takes of them."""
     names: list[str] = []
-    for step in dis.get_instructions(code):
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+    for step in instructions(code):
+        if step and step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             names = [step.argval]
-        elif names and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+        elif step and names and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             names = [*names, step.argval]
             continue
         else:
             names = []
         if names:
             yield names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _globals(constant)
 
 
 def _folded(found: dict[Names, str]) -> dict[Names, str]:
