@@ -1,4 +1,4 @@
-"""What a learner is given: batches, tasks, and distributions of tasks.
+"""Batches, tasks, and distributions of tasks: what a learner is given.
 
 A *task* (or *episode*) is a pair of sources of batches, `Task(support, query)`. A *source* answers
 `draw(model, key) -> Batch`: data at rest answers with itself, an environment answers with
@@ -7,7 +7,10 @@ roll-outs of the model it is handed. A *task distribution* is a pure function `s
 
 from __future__ import annotations
 
+import abc
+import dataclasses
 import zlib
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
@@ -31,7 +34,7 @@ class Batch(eqx.Module):
     y: PyTree
 
     def draw(self, model: Model, key: PRNGKeyArray) -> Batch:
-        """A batch is the source that answers with itself."""
+        """Return the batch itself."""
         return self
 
     @property
@@ -49,7 +52,7 @@ class Source(Protocol):
     """
 
     def draw(self, model: Model, key: PRNGKeyArray) -> Batch:
-        """A batch for this model."""
+        """Return a batch for this model."""
         ...
 
 
@@ -73,11 +76,11 @@ class Minibatches(eqx.Module):
     step: int | Int[Array, ""] = 0
 
     def at(self, step: int | Int[Array, ""]) -> Minibatches:
-        """The same sequence at another step."""
+        """Return the same sequence at another step."""
         return Minibatches(self.batch, self.size, self.key, step)
 
     def draw(self, model: Model, key: PRNGKeyArray) -> Batch:
-        """The minibatch of this step; `key` is not used."""
+        """Return the minibatch of this step; `key` is not used."""
         n = self.batch.size
         first = self.step * self.size
         # A minibatch touches at most this many permutations, whatever its offset.
@@ -98,6 +101,15 @@ class Task(eqx.Module):
     support: Any
     query: Any
 
+    @classmethod
+    def cut(cls, x: PyTree, y: PyTree, shot: int) -> Task:
+        """Return the task whose support is the first `shot` examples, and whose query the rest."""
+        halves = (
+            jax.tree.map(lambda a, part=part: a[part], Batch(x, y))
+            for part in (slice(None, shot), slice(shot, None))
+        )
+        return cls(*halves)
+
 
 class TaskDistribution(eqx.Module):
     """Abstract: a distribution over tasks.
@@ -107,39 +119,63 @@ class TaskDistribution(eqx.Module):
 
     split: eqx.AbstractVar[str]
 
+    @abc.abstractmethod
     def sample(self, key: PRNGKeyArray) -> Task:
-        """The task that this key names."""
-        raise NotImplementedError  # pragma: no cover - abstract
+        """Return the task that this key names."""
 
     def episode(self, key: PRNGKeyArray, i: int | Integer[Array, ""]) -> Task:
-        """Episode `i` of a stream, whose own key is `key`. Here: the task that the key names.
+        """Return episode `i` of a stream, whose own key is `key`: here the task of that key.
 
         A distribution over a list of tasks may go through the list instead.
         """
         return self.sample(key)
 
+    @property
+    def on_host(self) -> bool:
+        """Whether tasks are planned on the device and fetched from the host."""
+        return False
+
     def describe(self) -> dict[str, Any]:
-        """What a report says of the tasks: name, ways, shots, queries, sizes."""
-        return {"tasks": type(self).__name__, "split": self.split}
+        """Return what a report says of the tasks: name, ways, shots, queries, sizes."""
+        return {"tasks": type(self).__name__, "split": self.split, **self._settings()}
+
+    def _settings(self) -> dict[str, Any]:
+        """The fields that are numbers or text, or pairs of such."""
+
+        def plain(value: Any) -> bool:
+            pair = isinstance(value, tuple) and len(value) == 2
+            return (
+                value is None
+                or isinstance(value, bool | int | float | str)
+                or (pair and all(map(plain, value)))
+            )
+
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if plain(value) and name != "split"}
 
 
 class HostTaskDistribution(TaskDistribution):
-    """Abstract: tasks whose data stays on the host, planned on the device and fetched from disk.
+    """Abstract: tasks whose data may stay on the host, planned on the device and fetched from disk.
 
     `fit` and `evaluate` plan a whole chunk of tasks at once and fetch it in a background thread
     while the device works on the previous one.
     """
 
+    @abc.abstractmethod
     def plan(self, key: PRNGKeyArray) -> PyTree:
-        """Pure and traceable: which rows make up the task that this key names."""
-        raise NotImplementedError  # pragma: no cover - abstract
+        """Return which rows make up the task that this key names; pure and traceable."""
 
+    @abc.abstractmethod
     def fetch(self, plan: PyTree) -> Task:
-        """On the host: gather planned tasks; they lead with the leading axes of `plan`."""
-        raise NotImplementedError  # pragma: no cover - abstract
+        """Gather planned tasks on the host; they lead with the leading axes of `plan`."""
+
+    @property
+    def on_host(self) -> bool:
+        """Whether tasks are fetched from the host; if not, `sample` must be traceable."""
+        return True
 
     def sample(self, key: PRNGKeyArray) -> Task:
-        """The task that this key names; not traceable."""
+        """Return the task that this key names; not traceable if the data is on the host."""
         return self.fetch(self.plan(key))
 
 
@@ -156,13 +192,18 @@ class Splits(eqx.Module):
     val: TaskDistribution
     test: TaskDistribution
 
+    @classmethod
+    def of(cls, make: Callable[[str], TaskDistribution]) -> Splits:
+        """Return the splits that a function makes of their names."""
+        return cls(make("train"), make("val"), make("test"))
+
     def sample(self, key: PRNGKeyArray) -> Task:
-        """A meta-training task."""
+        """Return a meta-training task."""
         return self.train.sample(key)
 
 
 def episode_key(split: str, key: PRNGKeyArray, i: int | Integer[Array, ""]) -> PRNGKeyArray:
-    """The key of episode `i`: a function of (key, split, i) and of nothing else.
+    """Return the key of episode `i`, a function of (key, split, i) and of nothing else.
 
     Two splits never share a stream, so a seed that is used for training and for test does not
     make the test tasks of a generated family those that were trained on.

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import adaptax as ax
-from adaptax.tasks import DataError, StreamedEpisodes, arrays, from_arrays
-from adaptax.tasks.bank import split_by_fraction
+from adaptax.tasks import DataError, arrays, from_arrays
+from adaptax.tasks.bank import shuffled
 
 KEY = jax.random.key(0)
 draw = eqx.filter_jit(lambda tasks, key: tasks.sample(key))
@@ -72,7 +72,7 @@ INPUTS = {
 def test_several_inputs_go_together(budget):
     labels = np.repeat(np.arange(20), 20)
     splits = from_arrays(INPUTS, labels, way=3, query=4, memory_budget=budget, invert=True)
-    assert isinstance(splits.train, StreamedEpisodes) == (budget == 0)
+    assert splits.train.on_host == (budget == 0)
     task = splits.train.sample(KEY)
     x = task.query.x
     kinds = jax.tree.map(lambda a: a.dtype.name, x)
@@ -182,7 +182,7 @@ def test_a_memory_mapped_array_is_streamed_without_a_copy(tmp_path):
     np.save(tmp_path / "x.npy", x)
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     tasks = from_arrays(mapped, labels, way=3, memory_budget=1000).train
-    assert isinstance(tasks, StreamedEpisodes)
+    assert tasks.on_host
     assert tasks.bank.array is mapped
     assert jnp.array_equal(
         tasks.sample(KEY).query.x, draw(from_arrays(x, labels, way=3).train, KEY).query.x
@@ -190,10 +190,10 @@ def test_a_memory_mapped_array_is_streamed_without_a_copy(tmp_path):
 
 
 def test_fractions_of_classes():
-    parts = split_by_fraction([str(i) for i in range(100)], (0.64, 0.16, 0.2), seed=0)
+    parts = shuffled([str(i) for i in range(100)], 0, (0.64, 0.16, 0.2))
     assert [len(p) for p in parts.values()] == [64, 16, 20]
     assert len(set().union(*parts.values())) == 100
-    assert parts != split_by_fraction([str(i) for i in range(100)], (0.64, 0.16, 0.2), seed=1)
+    assert parts != shuffled([str(i) for i in range(100)], 1, (0.64, 0.16, 0.2))
 
 
 X, Y = features()
@@ -218,8 +218,11 @@ EARLY, LATE = (X[Y < 10], Y[Y < 10]), (X[Y >= 10], Y[Y >= 10])
         (X[:, 0], Y, {}, r"examples of shape \(400,\)"),
         (X, Y / 2, {}, "labels of type float64; expected integers or strings"),
         (X.astype(complex), Y, {}, "examples of type complex128"),
-        (X, Y, {"way": 5}, "way=5, but the val split has 3 classes; lower way"),
-        (X, Y, {"way": 3, "shot": 10}, r"class \d+ of the train split has 20 .* = 10 \+ 15"),
+        (X, Y, {"way": 5, "splits": (0.64, 0.16, 0.2)},
+         "way=5, but the val split has 3 classes and the test split has 4; lower way to 3 or give"),
+        (X, Y, {"way": 11}, "way=11, but the train split has 10 classes and .*; lower way to 10"),
+        (X, Y, {"way": 3, "shot": 10, "query": 15},
+         r"class \d+ of the train split has 20 .* = 10 \+ 15"),
         (X, Y, {"way": 3, "train_query": 20}, r"of the train split has 20 examples.* 1 \+ 20"),
         (X, Y, {"shot": 0}, "shot=0; expected at least 1"),
         (X, Y, {"query": -1}, "query=-1; expected at least 0"),
@@ -290,9 +293,9 @@ def test_errors_are_one_clear_sentence(x, labels, arguments, message):
         ({"rotations": None}, "rotations=None; expected two"),
         ({"way": "5"}, "way='5'; expected an integer, at least 1"),
         ({"shot": 1.5}, "shot=1.5; expected an integer"),
-        ({"query": None}, "query=None; expected an integer"),
+        ({"query": "all"}, "query='all'; expected an integer"),
         ({"memory_budget": "1GB"}, "memory_budget='1GB'; expected a number of bytes"),
-        ({"splits": None}, "splits=None; expected the fractions"),
+        ({"splits": 0.5}, "splits=0.5; expected the fractions"),
         ({"splits": (0.5, "a", 0.1)}, "expected the fractions"),
         ({"splits": (0.5, float("nan"), 0.1)}, "expected the fractions"),
     ],

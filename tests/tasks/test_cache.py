@@ -9,7 +9,7 @@ import pytest
 
 from adaptax.tasks import cache
 from adaptax.tasks.cache import cache_root, cached
-from adaptax.tasks.sources import DataError
+from adaptax.tasks.files import DataError
 
 
 class Fill:

@@ -78,7 +78,10 @@ def test_one_bit_images_are_resized_smoothly():
         ({"channels": 2}, "channels=2; expected 1"),
         ({"resample": "magic"}, "resample='magic'; expected one of nearest"),
         ({"query": 3}, r"class c\d of the train split has 3 examples, but shot \+ query = 1 \+ 3"),
-        ({"way": 3}, "way=3, but the val split has 2 classes"),
+        (
+            {"way": 3, "splits": (0.64, 0.16, 0.2)},
+            "way=3, but the val split has 2 classes and the test split has 2; lower way to 2 or",
+        ),
     ],
 )
 def test_errors_of_arguments(tmp_path, arguments, message):
@@ -170,6 +173,46 @@ def test_small_classes_are_listed_all_at_once_or_left_out_when_asked(tmp_path):
         folder(tmp_path / "set", **ASKED, min_images=2)
     with pytest.raises(DataError, match=r"all 12 classes have fewer than min_images=4"):
         folder(tmp_path / "set", **ASKED, min_images=4)
+
+
+def test_own_photos_make_episodes_without_a_word_about_them(tmp_path):
+    write_images(tmp_path / "set", [f"c{i:02d}" for i in range(12)], 15, size=4)
+    made = folder(tmp_path / "set", image_size=4)
+    about = made.test.describe()
+    assert (about["way"], about["shot"], about["query"], about["classes"]) == (5, 1, 14, 5)
+    assert about["splits"] == "7 / – / 5 of 12 classes, validation on those of training"
+    assert made.val.classes == made.train.classes
+    assert not set(made.test.classes) & set(made.train.classes)
+    assert made.train.sample(KEY).query.x.shape == (70, 4, 4, 3)
+    write_images(tmp_path / "set", [f"d{i}" for i in range(4)], 15, size=4, seed=1)
+    write_images(tmp_path / "set", ["few"], 3, size=4, seed=2)
+    made = folder(tmp_path / "set", image_size=4, min_images=10)
+    assert [len(s.classes) for s in (made.train, made.val, made.test)] == [6, 5, 5]
+    assert made.val.describe()["splits"] == "6 / 5 / 5 of 16 classes"
+    assert made.val.describe()["left_out"] == ("few",)
+    assert len({*made.train.classes, *made.val.classes, *made.test.classes}) == 16
+    with pytest.raises(
+        DataError, match=r"class few of .* or leave such classes out by min_images="
+    ):
+        folder(tmp_path / "set", image_size=4)
+
+
+def test_an_error_names_every_cure_at_once(tmp_path):
+    write_images(tmp_path, [f"c{i:02d}" for i in range(12)], 15, size=4)
+    asked = {"image_size": 4, "way": 5, "shot": 1, "query": 15}
+    with pytest.raises(DataError, match=r"shot \+ query = 15 fits every class$") as caught:
+        folder(tmp_path, **asked)
+    assert "12 classes have too few" in str(caught.value)
+    assert "min_images" not in str(caught.value)  # which would leave none
+    with pytest.raises(DataError) as caught:
+        folder(tmp_path, **asked, splits=(0.64, 0.16, 0.2))
+    for said in (
+        "12 classes have too few",
+        "way=5, but the val split has 2 classes and the test split has 2",
+        "lower shot or query; shot + query = 15 fits every class",
+        "lower way to 2 or give the split more classes",
+    ):
+        assert said in str(caught.value)
 
 
 def test_a_picture_beside_class_folders_is_named(tmp_path):

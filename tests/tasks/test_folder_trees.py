@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from adaptax.tasks import folder, sources
+from adaptax.tasks import files, folder
 from adaptax.tasks.layout import split_named
 
 TREES = int(os.environ.get("ADAPTAX_TREES", "100"))
@@ -85,7 +85,7 @@ names = st.one_of(
     st.text(
         st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=12
     ),
-).filter(lambda name: split_named(name) is None and not sources.is_hidden(name))
+).filter(lambda name: split_named(name) is None and not files.is_hidden(name))
 
 
 @st.composite

@@ -13,7 +13,8 @@ KEY = jax.random.key(0)
 
 @pytest.fixture(scope="module")
 def drawn():
-    return load()
+    images, splits = load()
+    return images.images, splits
 
 
 def test_about_two_thousand_characters(drawn):

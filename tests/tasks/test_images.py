@@ -161,7 +161,7 @@ def test_the_first_frame_of_several(kind, tmp_path):
     assert (shown(data) == 50).all()
     (tmp_path / f"a.{kind}").write_bytes(data)
     Image.new("L", (4, 4)).save(tmp_path / "b.png")
-    from adaptax.tasks.sources import open_files
+    from adaptax.tasks.files import open_files
 
     with open_files(tmp_path) as files:
         out = np.zeros((2, 4, 4, 1), np.uint8)

@@ -26,7 +26,7 @@ from ..task import Model, Splits
 from ..tasks.bank import NAMES
 from ..tasks.embedding_archive import read_archive
 from ..tasks.embeddings import write
-from ..tasks.sources import DataError
+from ..tasks.files import DataError
 from .console import consoles, free_folder, save_figure
 from .facts import dump, facts, keep
 from .pretraining import BACKBONES, DATA, Embed, Pretrain

@@ -23,10 +23,10 @@ from .. import io, metrics
 from ..recipes import ENVIRONMENTS, REGRESSIONS, Experiment, changed, effective
 from ..recipes.runs import adapt_and_predict, load_run
 from ..task import Batch
-from ..tasks import images, sources
+from ..tasks import images
 from ..tasks.episodes import Design
+from ..tasks.files import DataError, Files, is_hidden, open_files
 from ..tasks.mini_imagenet import IMAGENET_MEAN, IMAGENET_STD
-from ..tasks.sources import DataError
 from ..text import shown
 from .commands import Evaluate, Predict
 from .console import consoles
@@ -221,9 +221,7 @@ def _support(where: Path, form: ImageFormat) -> tuple[Any, Any, list[str]]:
     """Inputs, labels and class names of a folder of class folders."""
     if not where.is_dir():
         raise FileNotFoundError(f"--support {where} is not a folder; expected one folder a class")
-    classes = sorted(
-        p.name for p in where.iterdir() if p.is_dir() and not sources.is_hidden(p.name)
-    )
+    classes = sorted(p.name for p in where.iterdir() if p.is_dir() and not is_hidden(p.name))
     each = [_decode(where / name, form)[1] for name in classes]
     if not each:
         raise DataError(f"{where} has no class folders; expected one folder a class")
@@ -253,18 +251,18 @@ def _queries(words: tuple[str, ...], form: ImageFormat) -> tuple[list[str], Any]
 def _decode(where: Path, form: ImageFormat) -> tuple[list[str], Any]:
     """Names and inputs of all images below a folder or in an archive, or of one file, named ""."""
     if where.is_file() and not zipfile.is_zipfile(where):
-        one = sources.Files(where.parent, ("",), "", lambda name: where.read_bytes())
+        one = Files(where.parent, ("",), "", lambda name: where.read_bytes())
         return [""], _pixels(one, [""], form)
     if where.exists() and not (where.is_dir() or where.is_file()):
         raise DataError(f"{where} is neither a file nor a folder")
-    with sources.open_files(where) as files:
+    with open_files(where) as files:
         names = [name for name in files.names if images.is_image(name)]
         if not names:
             raise DataError(f"{where} holds no images; expected files such as 01.png")
         return names, _pixels(files, names, form)
 
 
-def _pixels(files: sources.Files, names: list[str], form: ImageFormat) -> Any:
+def _pixels(files: Files, names: list[str], form: ImageFormat) -> Any:
     pixels = np.empty((len(names), form.size, form.size, form.channels), np.uint8)
     images.decode_into(pixels, files, names, resample=form.resample)
     return form.design.inputs(jnp.asarray(pixels))

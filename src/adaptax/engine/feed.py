@@ -22,19 +22,20 @@ def load(tasks: TaskDistribution, key: PRNGKeyArray, episodes: Integer[Array, " 
         key: the stream that episodes are counted in.
         episodes: indices, of any shape; the result leads with it.
     """
-    if not isinstance(tasks, HostTaskDistribution):
+    if not tasks.on_host:
         return program.call(_keys, tasks.split, key, episodes), episodes
+    assert isinstance(tasks, HostTaskDistribution)
     return tasks.fetch(program.call(_plan, tasks, key, episodes))
 
 
 def task(tasks: TaskDistribution, loaded: PyTree) -> Task:
     """One task from one episode's share of `load`; traceable."""
-    return loaded if isinstance(tasks, HostTaskDistribution) else tasks.episode(*loaded)
+    return loaded if tasks.on_host else tasks.episode(*loaded)
 
 
 def prefetch(tasks: TaskDistribution, jobs: Iterable[Callable[[], Any]]) -> Iterator[Any]:
     """The results of jobs in order; for data on the host each runs one ahead, in a thread."""
-    if not isinstance(tasks, HostTaskDistribution):
+    if not tasks.on_host:
         for job in jobs:
             yield job()
         return

@@ -27,7 +27,7 @@ from ..conv import fast
 from ..models.residual import convolve_in
 from ..process import check_not_forked, interruptible
 from ..task import Model, TaskDistribution
-from ..tasks.episodes import Design, Episodes, StreamedEpisodes
+from ..tasks.episodes import Design, Episodes
 from . import feed
 from .augment import Augmentation
 from .fingerprint import fingerprint, made_by, settings
@@ -171,7 +171,7 @@ def pretrain(
             "made_by": made_by(),
         }  # fmt: skip
         state, history = run.begin(state, facts, resume)
-    bank = classified.bank if isinstance(classified, Episodes) else None
+    bank = None if classified.on_host else classified.bank
     # Once, and not at every call of the program: the bank of images may be large.
     state, bank, given_fixed = everywhere((state, bank, fixed), mesh)
     steps_of = _program(recipe, classified.design, mesh)
@@ -236,14 +236,14 @@ def step_count(images: TaskDistribution, epochs: int, batch: int, held_out: floa
     return epochs * order.an_epoch
 
 
-def check_train(images: TaskDistribution) -> Episodes | StreamedEpisodes:
+def check_train(images: TaskDistribution) -> Episodes:
     """The images, if they are of the meta-train classes.
 
     Raises:
         TypeError: if they are no episodes of classified images.
         ValueError: if they are of another split, whose classes must stay unseen.
     """
-    if not isinstance(images, Episodes | StreamedEpisodes):
+    if not isinstance(images, Episodes):
         raise TypeError(
             f"pretraining wants the train split of image episodes, such as mini_imagenet().train, "
             f"and was given {type(images).__name__}"
@@ -309,7 +309,7 @@ def extract(
     Raises:
         TypeError: if the model has no features, or the tasks are no episodes of images.
     """
-    if not isinstance(images, Episodes | StreamedEpisodes) or not hasattr(model, "features"):
+    if not isinstance(images, Episodes) or not hasattr(model, "features"):
         raise TypeError(
             "features are extracted by a model with a method `features` from episodes of images, "
             f"not by {type(model).__name__} from {type(images).__name__}"
@@ -332,11 +332,9 @@ def _features(model: Any, design: Design, how: dict[str, int], pixels: PyTree) -
     return fast(lambda model, x: model.features(x, **how))(model, design.inputs(pixels))
 
 
-def pixels_of(images: Episodes | StreamedEpisodes, rows: Int[np.ndarray, "*any"]) -> PyTree:
+def pixels_of(images: Episodes, rows: Int[np.ndarray, "*any"]) -> PyTree:
     """Examples by their rows, on the device."""
-    if isinstance(images, Episodes):
-        return jax.tree.map(lambda a: a[rows], images.bank)
-    return jax.tree.map(jnp.asarray, images.bank.take(rows))
+    return jax.tree.map(jnp.asarray, images.examples(rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -407,9 +405,7 @@ def _program(
     return steps
 
 
-def _judge(
-    fixed: PyTree, images: Episodes | StreamedEpisodes, order: _Order
-) -> Callable[[PyTree], float | None]:
+def _judge(fixed: PyTree, images: Episodes, order: _Order) -> Callable[[PyTree], float | None]:
     """The accuracy on the images that are held out, by running statistics."""
     held = order.held
 
@@ -441,7 +437,7 @@ def _split(trained: PyTree) -> tuple[PyTree, PyTree]:
     return eqx.partition(trained, jax.tree.map(lambda p: p not in statistics, tree.paths(trained)))
 
 
-def _check_outputs(model: Model, images: Episodes | StreamedEpisodes) -> None:
+def _check_outputs(model: Model, images: Episodes) -> None:
     pixels = jax.eval_shape(lambda: images.design.inputs(pixels_of(images, np.zeros(2, int))))
     shape = eqx.filter_eval_shape(model, pixels).shape
     if shape != (2, len(images.classes)):
@@ -461,9 +457,7 @@ class _Order:
         batch: images a step.
     """
 
-    def __init__(
-        self, seed: np.ndarray, images: Episodes | StreamedEpisodes, held_out: float, batch: int
-    ):
+    def __init__(self, seed: np.ndarray, images: Episodes, held_out: float, batch: int):
         count = np.asarray(images.count)
         self.labels = np.repeat(np.arange(len(count), dtype=np.int32), count)
         self.seed, self.batch = [int(word) for word in seed], batch

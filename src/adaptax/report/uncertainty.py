@@ -20,7 +20,7 @@ from .. import program
 from ..engine.predict import learned_noise, predictions
 from ..learner import Meta, MetaLearner
 from ..studies.active import ActiveCurves
-from ..task import Batch, HostTaskDistribution, Model, Task, TaskDistribution
+from ..task import Batch, Model, Task, TaskDistribution
 from ..tasks import score_readings
 from .style import COLOURS, MARKERS, METRICS, canvas, scale, styled
 
@@ -397,7 +397,7 @@ def _predictions(
 
 
 def _sample(tasks: TaskDistribution, key: PRNGKeyArray) -> Task:
-    if isinstance(tasks, HostTaskDistribution):
+    if tasks.on_host:
         return tasks.sample(key)
     return program.call(tasks.sample, key)
 

@@ -6,6 +6,7 @@ from adaptax.tasks.celeba import celeba
 from adaptax.tasks.circles import Circles, circles
 from adaptax.tasks.embeddings import embeddings
 from adaptax.tasks.episodes import Episodes, StreamedEpisodes
+from adaptax.tasks.files import DataError
 from adaptax.tasks.finite_sinusoids import FiniteSinusoids, finite_sinusoids
 from adaptax.tasks.folder import folder
 from adaptax.tasks.fsmol import FSMol, fsmol
@@ -14,7 +15,6 @@ from adaptax.tasks.lines import SinusoidOrLine, sinusoid_or_line
 from adaptax.tasks.mini_imagenet import mini_imagenet
 from adaptax.tasks.omniglot import omniglot
 from adaptax.tasks.sinusoid import Sinusoid, sinusoid
-from adaptax.tasks.sources import DataError
 
 __all__ = [
     "AttributeTasks",

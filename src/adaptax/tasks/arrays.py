@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from adaptax.task import Splits
 from adaptax.tasks import bank
 from adaptax.tasks.bank import MEMORY_BUDGET, NAMES
 from adaptax.tasks.episodes import Rotations, kept
-from adaptax.tasks.sources import DataError
+from adaptax.tasks.files import DataError
 
 Array = Shaped[np.ndarray, "..."]
 
@@ -31,10 +32,10 @@ def from_arrays(
     *,
     way: int = 5,
     shot: int = 1,
-    query: int = 15,
+    query: int | None = None,
     train_shot: int | None = None,
     train_query: int | None = None,
-    splits: Sequence[float] = (0.64, 0.16, 0.2),
+    splits: Sequence[float] | None = None,
     seed: int = 0,
     rotations: tuple[Rotations, Rotations] = ("none", "none"),
     invert: bool = False,
@@ -59,10 +60,12 @@ def from_arrays(
         labels: integers or strings, `(n,)`: a list, an array of any kind, a pandas column.
         way: classes an episode.
         shot: support examples a class.
-        query: query examples a class.
+        query: query examples a class; 15 if `None`, or as many as the smallest class leaves.
         train_shot: support examples a class in meta-training, if not `shot`.
         train_query: query examples a class in meta-training, if not `query`.
-        splits: fractions of the classes for train, val and test, when `x` is not split.
+        splits: fractions of the classes for train, val and test, when `x` is not split; if `None`,
+            (0.64, 0.16, 0.2), or others where these give a split fewer classes than `way`, see
+            `describe()["splits"]`.
         seed: of that split.
         rotations: of square images in meta-training, and in validation and test.
         invert: turn bytes b into 255 − b.
@@ -77,32 +80,25 @@ def from_arrays(
     Example:
         `from_arrays(features, names, way=5, shot=1, query=15)`
     """
-    design = bank.designs(way, shot, query, train_shot, train_query, rotations, invert=invert)
+    designs = partial(
+        bank.designs, way, shot, train_shot=train_shot, train_query=train_query,
+        rotations=rotations, invert=invert,
+    )  # fmt: skip
+    designs(query=query)  # bad counts are told first
     x = dict(x) if isinstance(x, Mapping) else x
-    how: tuple[tuple[str, object], ...] = ()
     if isinstance(x, dict) and labels is None:
-        array, classes = _from_splits(x)
+        array, rows = _from_splits(x)
     elif isinstance(x, dict) and x and set(x) <= set(NAMES):
         raise DataError("labels were given beside a dict of splits; put them inside the dict")
     elif labels is None:
         raise DataError("labels are None; expected one label an example, or a dict of splits")
     else:
         array, names = _pair("x", x, labels)
-        rows = group(names)
-        parts = bank.split_by_fraction(list(rows), splits, seed)
-        classes = {split: {name: rows[name] for name in part} for split, part in parts.items()}
-        how = (("splits", tuple(splits)), ("split_seed", seed))
+        rows = {"": bank.group(names)}
+    classes, design, how, shared = bank.settle(rows, splits, seed, query, designs)
     return bank.make_splits(
-        array, classes, design, name=name, details=how, memory_budget=memory_budget
+        array, classes, design, name=name, details=how, memory_budget=memory_budget, shared=shared
     )
-
-
-def group(labels: Array, first: int = 0) -> dict[str, np.ndarray]:
-    """Rows of every label, counted from `first`, in order of the labels."""
-    values, where = np.unique(labels, return_inverse=True)
-    order = np.argsort(where, kind="stable")
-    ends = np.cumsum(np.bincount(where, minlength=len(values)))[:-1]
-    return {str(value): rows + first for value, rows in zip(values, np.split(order, ends))}
 
 
 def _from_splits(x: dict[Any, Any]) -> tuple[PyTree, dict[str, dict[str, np.ndarray]]]:
@@ -124,7 +120,7 @@ def _from_splits(x: dict[Any, Any]) -> tuple[PyTree, dict[str, dict[str, np.ndar
     array = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(a for a, _ in pairs.values()))
     first, classes = 0, {}
     for split, (_, names) in pairs.items():
-        classes[split] = group(names, first)
+        classes[split] = bank.group(names, first)
         first += len(names)
     return array, classes
 

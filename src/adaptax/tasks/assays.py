@@ -20,8 +20,8 @@ from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from adaptax.io import write_atomic
 from adaptax.tasks import bank
 from adaptax.tasks.cache import cache_root
+from adaptax.tasks.files import DataError
 from adaptax.tasks.npz import read_npz
-from adaptax.tasks.sources import DataError
 
 URL = "https://figshare.com/ndownloader/files/31345321"
 FOLDS = {"train": "train", "val": "valid", "test": "test"}
@@ -113,10 +113,7 @@ def _checked(arrays: Mapping[str, np.ndarray], path: Path) -> Assays:
         raise DataError(
             f"{path} has the splits {', '.join(there) or 'none'}; expected train, valid and test"
         )
-    none = np.zeros(0, int)
-    bank.check_disjoint(
-        {split: dict.fromkeys(names[folds == fold].tolist(), none) for split, fold in FOLDS.items()}
-    )
+    bank.check_disjoint({split: names[folds == fold].tolist() for split, fold in FOLDS.items()})
     if len(set(names.tolist())) < len(names):
         raise DataError(f"{path} has two assays of one name; give every assay its own")
     return Assays(**arrays)

@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32, PRNGKeyArray, Shaped
 
 from adaptax.program import call
-from adaptax.task import Batch, HostTaskDistribution, Task, TaskDistribution
-from adaptax.tasks.episodes import Design, Details, HostRows, distinct
-from adaptax.tasks.sources import DataError
+from adaptax.task import Batch, HostTaskDistribution, Task
+from adaptax.tasks.episodes import Design, Details, HostRows, distinct, take
+from adaptax.tasks.files import DataError
 
 Conjunction = tuple[str, ...]
 """Names of the attributes that the positives of a task have and the negatives lack."""
@@ -82,7 +82,7 @@ def _draw(
     return start[0] + support, jax.vmap(reading)(keys, start[1:], count[1:])
 
 
-class AttributeTasks(TaskDistribution):
+class AttributeTasks(HostTaskDistribution):
     """Does an image have these attributes (label 1), or none of them (label 0)?
 
     The attributes are not told: the support shows K images that have all attributes of a
@@ -92,7 +92,8 @@ class AttributeTasks(TaskDistribution):
     with neither, whatever the third. `readings(key)` names them, `score_readings` scores them.
 
     Args:
-        bank: the images of the split, `(rows, side, side, channels)` bytes.
+        bank: the images of the split, `(rows, side, side, channels)` bytes; or `HostRows`, if they
+            are too many for the device.
         pools: which of them may stand for which label.
         design: shots, queries and treatment of images.
         split: `"train"`, `"val"` or `"test"`.
@@ -101,7 +102,7 @@ class AttributeTasks(TaskDistribution):
         details: what else a report says of the data, as pairs.
     """
 
-    bank: Shaped[Array, "rows ..."]
+    bank: Shaped[Array, "rows ..."] | HostRows
     pools: Pools
     design: Design = eqx.field(static=True)
     split: str = eqx.field(static=True)
@@ -109,119 +110,75 @@ class AttributeTasks(TaskDistribution):
     conjunctions: tuple[Conjunction, ...] = eqx.field(static=True)
     details: Details = eqx.field(static=True, default=())
 
-    def plan(self, key: PRNGKeyArray) -> Int32[Array, " images"]:
-        """Which rows make up the task that this key names."""
-        return self.pools.plan(key, self.design.shot, self.design.query)
-
-    def sample(self, key: PRNGKeyArray) -> Task:
-        """The task that this key names: x `(2K, ...)` and `(R·2Q, ...)`, y int32 in {0, 1}.
-
-        Queries lead with those of the first reading.
-        """
-        return _task(self.design, self.bank[self.plan(key)])
-
-    def readings(self, key: PRNGKeyArray) -> tuple[Conjunction, ...]:
-        """The attributes that each reading of the task asks for; not traceable."""
-        return _readings(self.conjunctions[int(self.pools.which(key))])
-
-    def scores(
-        self, logits: Float[Array, "*particles n way"], labels: Int[Array, " n"]
-    ) -> dict[str, Float[Array, ""]]:
-        """What `evaluate` adds for ambiguous tasks: `readings`, `reading_accuracy`, `joint_nll`.
-
-        See `score_readings`; `readings` is its coverage.
-        """
-        return _scores(self, logits, labels)
-
-    def describe(self) -> dict[str, Any]:
-        """Name, shots, queries, readings, split, number of conjunctions and details."""
-        return _describe(self)
-
-
-class StreamedAttributeTasks(HostTaskDistribution):
-    """Tasks of images too many for the device: planned there, fetched from the host.
-
-    Names the same tasks as `AttributeTasks` does for the same key; arguments as there, but for
-    `bank`, which is on the host.
-    """
-
-    bank: HostRows = eqx.field(static=True)
-    pools: Pools
-    design: Design = eqx.field(static=True)
-    split: str = eqx.field(static=True)
-    name: str = eqx.field(static=True)
-    conjunctions: tuple[Conjunction, ...] = eqx.field(static=True)
-    details: Details = eqx.field(static=True, default=())
+    @property
+    def on_host(self) -> bool:
+        """Whether the bank is on the host."""
+        return isinstance(self.bank, HostRows)
 
     def plan(self, key: PRNGKeyArray) -> Int32[Array, " images"]:
-        """Pure and traceable: which rows make up the task that this key names."""
+        """Return which rows make up the task that this key names; pure and traceable."""
         return self.pools.plan(key, self.design.shot, self.design.query)
 
     def fetch(self, plan: Int32[Array, "*lead images"]) -> Task:
-        """On the host: gather planned tasks, `(..., 2K, ...)` for leading axes `...`."""
-        return call(_assemble, self.design, self.bank.take(np.asarray(plan)))
+        """Gather planned tasks, `(..., 2K, ...)` for leading axes `...`."""
+        return call(_task, self.design, take(self.bank, plan))
+
+    def sample(self, key: PRNGKeyArray) -> Task:
+        """Return the task of this key: x `(2K, ...)` and `(R·2Q, ...)`, y int32 in {0, 1}.
+
+        Queries lead with those of the first reading.
+        """
+        plan = self.plan(key)
+        return self.fetch(plan) if self.on_host else _task(self.design, take(self.bank, plan))
 
     def readings(self, key: PRNGKeyArray) -> tuple[Conjunction, ...]:
-        """The attributes that each reading of the task asks for; not traceable."""
+        """Return the attributes that each reading of the task asks for; not traceable."""
         return _readings(self.conjunctions[int(self.pools.which(key))])
 
     def scores(
         self, logits: Float[Array, "*particles n way"], labels: Int[Array, " n"]
     ) -> dict[str, Float[Array, ""]]:
-        """What `evaluate` adds for ambiguous tasks: `readings`, `reading_accuracy`, `joint_nll`.
+        """Return what `evaluate` adds for ambiguous tasks; `readings` is their coverage.
 
-        See `score_readings`; `readings` is its coverage.
+        `readings`, `reading_accuracy` and `joint_nll`, see `score_readings`.
         """
-        return _scores(self, logits, labels)
+        readings = len(_readings(self.conjunctions[0]))
+        if readings == 1:
+            return {}
+        found = score_readings(logits, labels, readings)
+        return {
+            "readings": found["coverage"],
+            "reading_accuracy": found["accuracy"],
+            "joint_nll": found["joint_nll"],
+        }
 
     def describe(self) -> dict[str, Any]:
-        """Name, shots, queries, readings, split, number of conjunctions and details."""
-        return _describe(self)
+        """Return name, shots, queries, readings, split, number of conjunctions and details."""
+        return {
+            "tasks": self.name,
+            "split": self.split,
+            "way": 2,
+            "shot": self.design.shot,
+            "query": self.design.query,
+            "readings": len(_readings(self.conjunctions[0])),
+            "conjunctions": len(self.conjunctions),
+            **dict(self.details),
+        }
+
+
+StreamedAttributeTasks = AttributeTasks
+"""Tasks of a bank on the host had a class of their own."""
 
 
 def _task(design: Design, images: Shaped[Array, "*lead images side side channels"]) -> Task:
     inputs, axis, held = design.inputs(images), images.ndim - 4, 2 * design.shot
     readings = (images.shape[axis] - held) // (2 * design.query) if design.query else 0
     one = jnp.arange(2, dtype=jnp.int32)
-    labels = (
-        jnp.repeat(one, design.shot),
-        jnp.tile(jnp.repeat(one, design.query), readings),
-    )
+    labels = jnp.repeat(one, design.shot), jnp.tile(jnp.repeat(one, design.query), readings)
     parts = jnp.split(inputs, [held], axis=axis)
     lead = images.shape[:axis]
     batches = (Batch(x, jnp.broadcast_to(y, (*lead, *y.shape))) for x, y in zip(parts, labels))
     return Task(*batches)
-
-
-def _assemble(design: Design, images: Array) -> Task:
-    return _task(design, images)
-
-
-def _describe(tasks: AttributeTasks | StreamedAttributeTasks) -> dict[str, Any]:
-    return {
-        "tasks": tasks.name,
-        "split": tasks.split,
-        "way": 2,
-        "shot": tasks.design.shot,
-        "query": tasks.design.query,
-        "readings": len(_readings(tasks.conjunctions[0])),
-        "conjunctions": len(tasks.conjunctions),
-        **dict(tasks.details),
-    }
-
-
-def _scores(
-    tasks: AttributeTasks | StreamedAttributeTasks, logits: Array, labels: Array
-) -> dict[str, Float[Array, ""]]:
-    readings = len(_readings(tasks.conjunctions[0]))
-    if readings == 1:
-        return {}
-    found = score_readings(logits, labels, readings)
-    return {
-        "readings": found["coverage"],
-        "reading_accuracy": found["accuracy"],
-        "joint_nll": found["joint_nll"],
-    }
 
 
 def _readings(conjunction: Sequence[Any]) -> tuple[tuple[Any, ...], ...]:

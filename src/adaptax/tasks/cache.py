@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-import pooch
 from jaxtyping import UInt8
 
 from adaptax.io import write_atomic
 from adaptax.tasks.content import Checksums, row_checksums
-from adaptax.tasks.sources import DataError, shown
+from adaptax.tasks.files import DataError
+from adaptax.text import shown
 
 try:
     import fcntl
@@ -60,7 +60,11 @@ class Cached(NamedTuple):
 def cache_root() -> Path:
     """The folder of decoded images: `ADAPTAX_CACHE`, else the user's cache folder."""
     given = os.environ.get("ADAPTAX_CACHE")
-    return Path(given).expanduser() if given else Path(pooch.os_cache("adaptax")) / "decoded"
+    if given:
+        return Path(given).expanduser()
+    import pooch
+
+    return Path(pooch.os_cache("adaptax")) / "decoded"
 
 
 def cached(name: str, key: Sequence[Any], shape: Sequence[int], fill: Fill) -> Cached:

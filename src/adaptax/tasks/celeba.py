@@ -6,22 +6,20 @@ import difflib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
-from adaptax.task import Splits, TaskDistribution
+from adaptax.task import Splits
 from adaptax.tasks import attributes as attribute_tasks
-from adaptax.tasks import bank, content, images, sources
-from adaptax.tasks.attributes import AttributeTasks, StreamedAttributeTasks
+from adaptax.tasks import bank, content, images
+from adaptax.tasks.attributes import AttributeTasks
 from adaptax.tasks.bank import MEMORY_BUDGET
-from adaptax.tasks.cache import Cached, cached
-from adaptax.tasks.episodes import HostRows
-from adaptax.tasks.sources import DataError
+from adaptax.tasks.cache import Cached
+from adaptax.tasks.episodes import Details, HostRows
+from adaptax.tasks.files import DataError, data_folder, find, first_existing, open_files
 
 ATTRIBUTE_SPLITS = (25 / 40, 5 / 40, 10 / 40)
 """Fractions of the attributes for train, val and test."""
@@ -81,49 +79,34 @@ def celeba(
     """
     designs = bank.designs(2, shot, query, train_shot, train_query)
     images.check_format(image_size, 3, resample)
-    (array, checksums, _), has, names, files = load(
-        sources.data_root(data_root), image_size, resample
-    )
+    (array, checksums, _), has, names, files = load(data_folder(data_root), image_size, resample)
     chosen = _chosen(attributes, names, seed)
-    if len(image_splits) != 3 or min(image_splits) < 0 or sum(image_splits) > 1 + 1e-6:
-        raise DataError(
-            f"image_splits={tuple(image_splits)}; expected the fractions of the images for train, "
-            "val and test, three numbers that sum to at most 1"
-        )
-    ends = [round(sum(image_splits[:i]) * len(array)) for i in range(4)]
-    index = {split: np.arange(*of) for split, of in zip(bank.NAMES, pairwise(ends))}
+    bank.check_fractions("image_splits", tuple(image_splits), "images")
+    parts, rows = bank.cut(len(array), image_splits), np.arange(len(array))
+    index = {split: rows[of] for split, of in parts.items()}
     content.warn_of_shared(array, checksums, index, name="celeba", names=files)
-    streamed = ends[-1] * array[:1].nbytes > memory_budget
-    made: dict[str, TaskDistribution] = {}
-    for split, first, last in zip(bank.NAMES, ends, ends[1:]):
-        columns = [names.index(name) for name in chosen[split]]
-        size, design = LEAST[split], designs[split]
+    streamed = sum(map(len, index.values())) * array[:1].nbytes > memory_budget
+
+    def tasks(split: str) -> AttributeTasks:
+        of, columns, size = parts[split], list(map(names.index, chosen[split])), LEAST[split]
         pools, kept = attribute_tasks.pools(
-            has[first:last][:, columns], chosen[split], size, design, split
+            has[of][:, columns], chosen[split], size, designs[split], split
         )
-        details = (
+        faces = HostRows(array, index[split]) if streamed else jnp.asarray(array[of])
+        details: Details = (
             ("left_out", math.comb(len(columns), size) - len(kept)),
             ("attributes", len(columns)),
             ("attribute_split", "given" if attributes is not None else f"seed {seed}"),
-            ("images", last - first),
+            ("images", len(index[split])),
             ("image_size", image_size),
             ("resample", resample),
         )
-        rest: dict[str, Any] = {
-            "pools": pools,
-            "design": design,
-            "split": split,
-            "name": "celeba",
-            "conjunctions": kept,
-            "details": details,
-        }
-        if streamed:
-            made[split] = StreamedAttributeTasks(
-                bank=HostRows(array, np.arange(first, last)), **rest
-            )
-        else:
-            made[split] = AttributeTasks(bank=jnp.asarray(array[first:last]), **rest)
-    return Splits(made["train"], made["val"], made["test"])
+        return AttributeTasks(
+            bank=faces, pools=pools, design=designs[split], split=split, name="celeba",
+            conjunctions=kept, details=details,
+        )  # fmt: skip
+
+    return Splits.of(tasks)
 
 
 def load(
@@ -137,13 +120,10 @@ def load(
     """
     where, table = _find(root)
     wanted, has, names = read_attributes(table)
-    with sources.open_files(where) as files:
-        found = sources.find(files, wanted, table)
-        made = cached(
-            "celeba",
-            [files.fingerprint, found, resample],
-            (len(found), image_size, image_size, 3),
-            lambda out: images.decode_into(out, files, found, resample=resample),
+    with open_files(where) as files:
+        found = find(files, wanted, table)
+        made = images.decode_all(
+            "celeba", [(files, found)], image_size, 3, resample, key=[found, resample]
         )
     return made, has, names, found
 
@@ -177,7 +157,7 @@ def _find(root: Path) -> tuple[Path, Path]:
     """The images, and the list of their attributes."""
     for folder in (root / "celeba", root / "CelebA", root):
         archives = [folder / "img_align_celeba.zip", folder / "img_align_celeba"]
-        found, table = sources.first_existing(archives), folder / "list_attr_celeba.txt"
+        found, table = first_existing(archives), folder / "list_attr_celeba.txt"
         if found is not None and table.is_file():
             return found, table
     raise FileNotFoundError(
@@ -193,14 +173,10 @@ def _chosen(
 ) -> dict[str, list[str]]:
     """The attributes of every split."""
     if given is None:
-        chosen = bank.split_by_fraction(names, ATTRIBUTE_SPLITS, seed)
+        chosen = bank.shuffled(names, seed, ATTRIBUTE_SPLITS)
     else:
         chosen = {split: list(of) for split, of in given.items()}
-        if set(chosen) != set(bank.NAMES):
-            raise DataError(
-                f"attributes has the splits {', '.join(sorted(chosen)) or 'none'}; "
-                "expected train, val and test"
-            )
+        bank.check_names("attributes has the splits", chosen)
     for split, of in chosen.items():
         for name in of:
             if name not in names:
@@ -211,5 +187,5 @@ def _chosen(
                 f"the {split} attributes are {', '.join(of) or 'none'}; expected at least "
                 f"{LEAST[split]}, each once"
             )
-    bank.check_disjoint({split: {n: np.zeros(0, int) for n in of} for split, of in chosen.items()})
+    bank.check_disjoint(chosen)
     return chosen

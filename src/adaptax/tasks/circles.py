@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from adaptax.task import Batch, Splits, Task, TaskDistribution
-from adaptax.tasks import bank
-from adaptax.tasks.ranges import Range, checked, uniform
+from adaptax.tasks.ranges import Range, checked, points, uniform
 
 SQUARE = (0.0, 5.0)
 """Sides of the square that queries are drawn from."""
@@ -41,17 +40,17 @@ class Circles(TaskDistribution):
     centre: Range = eqx.field(static=True, default=(1.0, 4.0))
 
     def parameters(self, key: PRNGKeyArray) -> tuple[Float[Array, " 2"], Float[Array, ""]]:
-        """Centre and radius of the circle of the task that this key names."""
+        """Return centre and radius of the circle of the task that this key names."""
         for_centre, for_diameter = jax.random.split(jax.random.split(key, 3)[0])
         return uniform(for_centre, self.centre, (2,)), uniform(for_diameter, self.diameter) / 2
 
     def function(self, key: PRNGKeyArray) -> Callable[[Array], Array]:
-        """Labels of points `(n, 2)`, int32, in the task that this key names."""
+        """Return the labels of points `(n, 2)`, int32, in the task that this key names."""
         centre, radius = self.parameters(key)
         return lambda x: (jnp.sum((x - centre) ** 2, axis=-1) <= radius**2).astype(jnp.int32)
 
     def sample(self, key: PRNGKeyArray) -> Task:
-        """The task that this key names: x `(shot, 2)` and `(query, 2)`, y int32 in {0, 1}."""
+        """Return the task of this key: x `(shot, 2)` and `(query, 2)`, y int32 in {0, 1}."""
         _, for_support, for_query = jax.random.split(key, 3)
         centre, radius = self.parameters(key)
         # The square root makes the points uniform in area.
@@ -62,17 +61,9 @@ class Circles(TaskDistribution):
         return Task(inside, Batch(x, self.function(key)(x)))
 
     def describe(self) -> dict[str, Any]:
-        """Name, split, shots, queries and ranges."""
-        return {
-            "tasks": "circles",
-            "split": self.split,
-            "way": 2,
-            "shot": self.shot,
-            "query": self.query,
-            "support": "positives only",
-            "diameter": self.diameter,
-            "centre": self.centre,
-        }
+        """Return name, split, shots, queries and ranges."""
+        about = {"tasks": "circles", "split": self.split, "way": 2}
+        return {**about, **self._settings(), "support": "positives only"}
 
 
 def circles(
@@ -101,11 +92,5 @@ def circles(
         DataError: if a count or a range is none.
     """
     across, middle = checked("diameter", diameter, least=0.0), checked("centre", centre)
-    counts = bank.designs(2, shot, query, train_shot, train_query)
-    made = {
-        split: Circles(
-            shot=count.shot, query=count.query, split=split, diameter=across, centre=middle
-        )
-        for split, count in counts.items()
-    }
-    return Splits(made["train"], made["val"], made["test"])
+    of = points(shot, query, train_shot, train_query)
+    return Splits.of(lambda split: Circles(**of[split], diameter=across, centre=middle))

@@ -10,7 +10,7 @@ from itertools import combinations
 import numpy as np
 from jaxtyping import Int, Shaped, UInt32
 
-from adaptax.tasks.sources import shown
+from adaptax.text import shown
 
 Checksums = UInt32[np.ndarray, " n"]
 

@@ -21,9 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from adaptax.tasks import sources
 from adaptax.tasks.bank import NAMES
-from adaptax.tasks.sources import DataError
+from adaptax.tasks.files import DataError, open_files
 
 MAX_BYTES = 4 * 2**30
 """Largest pickle that is read; the largest of the released ones has 1.2 GB."""
@@ -55,7 +54,7 @@ def read_archive(
         DataError: if a file is missing, broken, of another content, or holds anything but data.
     """
     found = {}
-    with sources.open_files(Path(path).expanduser(), MAX_BYTES) as files:
+    with open_files(Path(path).expanduser(), MAX_BYTES) as files:
         for split in NAMES:
             tail = f"{view}/{split}_embeddings.pkl"
             names = [name for name in files.names if f"/{name}".endswith(f"/{tail}")]

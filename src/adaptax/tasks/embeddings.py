@@ -25,9 +25,8 @@ from jaxtyping import Float, Shaped
 from adaptax import io
 from adaptax.task import Splits
 from adaptax.tasks import bank
-from adaptax.tasks.arrays import group
 from adaptax.tasks.bank import MEMORY_BUDGET, NAMES
-from adaptax.tasks.sources import DataError
+from adaptax.tasks.files import DataError
 
 FORMAT, VERSION = "embeddings", 1
 
@@ -87,7 +86,9 @@ def embeddings(
     first, classes = 0, {}
     for split, (x, labels) in found.items():
         names = about["classes"][split]
-        classes[split] = {names[int(label)]: rows for label, rows in group(labels, first).items()}
+        classes[split] = {
+            names[int(label)]: rows for label, rows in bank.group(labels, first).items()
+        }
         first += len(x)
     bank.check_disjoint(classes)
     if train_and_val:

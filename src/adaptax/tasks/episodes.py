@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Array, Int, Int32, PRNGKeyArray, PyTree, Shaped
 
 from adaptax.program import call
-from adaptax.task import Batch, HostTaskDistribution, Task, TaskDistribution
-from adaptax.tasks.sources import DataError
+from adaptax.task import Batch, HostTaskDistribution, Task
+from adaptax.tasks.files import DataError
 
 Rotations = Literal["none", "random", "classes"]
 """`"classes"`: every quarter turn of a class is a class of its own. `"random"`: one random quarter
@@ -28,10 +28,10 @@ Details = tuple[tuple[str, Hashable], ...]
 
 
 def kept(dtype: np.dtype) -> np.dtype:
-    """The type that examples of some type are kept in on the device.
+    """Return the type that the device keeps examples of this type in.
 
     Raises:
-        DataError: if they are no numbers.
+        DataError: if they are not numbers.
     """
     if dtype in (np.uint8, np.bool_):
         return np.dtype(dtype)
@@ -55,7 +55,7 @@ class Plan(NamedTuple):
 
 
 def distinct(key: PRNGKeyArray, m: int, count: int | Int[Array, ""]) -> Int32[Array, " m"]:
-    """`m` distinct integers of `range(count)`, every ordered choice equally likely.
+    """Draw `m` distinct integers of `range(count)`, every ordered choice equally likely.
 
     The first `m` swaps of a Fisher-Yates shuffle, without the array that they would shuffle: swap
     `i` exchanges places `i` and `s_i`, `s_i ~ U{i, ..., count-1}`, and what ends in place `i` is
@@ -116,7 +116,7 @@ class Design:
     std: tuple[float, ...] | None = None
 
     def plan(self, key: PRNGKeyArray, start: Int32[Array, " c"], count: Int32[Array, " c"]) -> Plan:
-        """The episode that this key names: W classes in random order, K+Q rows of each."""
+        """Draw an episode: W classes in random order, K+Q rows of each."""
         for_classes, for_rows, for_turns = jax.random.split(key, 3)
         classes = len(start)
         if self.rotations == "classes":
@@ -132,7 +132,7 @@ class Design:
         return Plan(start[chosen][:, None] + rows, turns)
 
     def task(self, examples: PyTree[Shaped[Array, ...]], turns: Int[Array, "*lead way"]) -> Task:
-        """Planned examples as a task, rows ordered class by class, labels 0, ..., W−1."""
+        """Return planned examples as a task, class by class, with labels 0, ..., W−1."""
         if self.rotations != "none":
             examples = rotate(examples, turns)
         inputs, axis = self.inputs(examples), turns.ndim
@@ -145,10 +145,7 @@ class Design:
         return Task(self._batch(support, lead, self.shot), self._batch(query, lead, self.query))
 
     def inputs(self, examples: PyTree[Shaped[Array, ...]]) -> PyTree[Shaped[Array, ...]]:
-        """Bytes as floats in [0, 1], normalised if asked; other numbers as they are.
-
-        Of several inputs, each by its own type.
-        """
+        """Return bytes as floats in [0, 1], normalised if asked, and other numbers as they are."""
         return jax.tree.map(self._input, examples)
 
     def _input(self, a: Shaped[Array, "*any"]) -> Shaped[Array, "*any"]:
@@ -168,43 +165,7 @@ class Design:
         return Batch(x, jnp.broadcast_to(labels, shape))
 
 
-class Episodes(TaskDistribution):
-    """Episodes of a bank that lies on the device, drawn without leaving it.
-
-    Args:
-        bank: all examples of the split, `(rows, ...)`, class by class; of several inputs, a tree.
-        start: first row of every class, `(classes,)`.
-        count: rows of every class, `(classes,)`.
-        design: ways, shots, queries and treatment of images.
-        split: `"train"`, `"val"` or `"test"`.
-        name: of the data set.
-        classes: names of the classes.
-        details: what else a report says of the data, as pairs.
-    """
-
-    bank: PyTree[Shaped[Array, "rows ..."]]
-    start: Int32[Array, " c"]
-    count: Int32[Array, " c"]
-    design: Design = eqx.field(static=True)
-    split: str = eqx.field(static=True)
-    name: str = eqx.field(static=True)
-    classes: tuple[str, ...] = eqx.field(static=True)
-    details: Details = eqx.field(static=True, default=())
-
-    def plan(self, key: PRNGKeyArray) -> Plan:
-        """Which rows make up the episode that this key names."""
-        return self.design.plan(key, self.start, self.count)
-
-    def sample(self, key: PRNGKeyArray) -> Task:
-        """The episode that this key names: x `(W·K, ...)` and `(W·Q, ...)`, y int32 in [0, W)."""
-        plan = self.plan(key)
-        return self.design.task(jax.tree.map(lambda a: a[plan.rows], self.bank), plan.turns)
-
-    def describe(self) -> dict[str, Any]:
-        """Name, ways, shots, queries, split, number of classes and details of the data."""
-        return _describe(self)
-
-
+@jax.tree_util.register_static
 @dataclass(frozen=True, eq=False)
 class HostRows:
     """Rows of an array on the host, possibly memory-mapped; compared by identity.
@@ -218,20 +179,39 @@ class HostRows:
     index: Int[np.ndarray, " rows"]
 
     def take(self, rows: Int[np.ndarray, "*any"]) -> PyTree[Shaped[np.ndarray, ...]]:
-        """Examples by their rows of the bank, of the types that the device keeps."""
+        """Return examples by their rows of the bank, of the types that the device keeps."""
         return jax.tree.map(
             lambda a: a[self.index[rows]].astype(kept(a.dtype), copy=False), self.array
         )
 
 
-class StreamedEpisodes(HostTaskDistribution):
-    """Episodes of a bank too large for the device: planned there, fetched from the host.
+def take(bank: PyTree, rows: Int[Array | np.ndarray, "*any"]) -> PyTree:
+    """Return examples by their rows of a bank, which is `HostRows` or lies on the device."""
+    if isinstance(bank, HostRows):
+        return bank.take(np.asarray(rows))
+    return jax.tree.map(lambda a: a[rows], bank)
 
-    Names the same episodes as `Episodes` does for the same key. Images cross to the device as
-    bytes and are treated there. Arguments as for `Episodes`, but for `bank`, which is on the host.
+
+class Episodes(HostTaskDistribution):
+    """Episodes of a bank of examples.
+
+    A bank on the device is sampled there. One that is too large stays on the host: episodes are
+    planned on the device, their images cross to it as bytes and are treated there. A key names the
+    same episode either way.
+
+    Args:
+        bank: all examples of the split, `(rows, ...)`, class by class; of several inputs, a tree.
+            Or `HostRows`.
+        start: first row of every class, `(classes,)`.
+        count: rows of every class, `(classes,)`.
+        design: ways, shots, queries and treatment of images.
+        split: `"train"`, `"val"` or `"test"`.
+        name: of the data set.
+        classes: names of the classes.
+        details: what else a report says of the data, as pairs.
     """
 
-    bank: HostRows = eqx.field(static=True)
+    bank: PyTree[Shaped[Array, "rows ..."]] | HostRows
     start: Int32[Array, " c"]
     count: Int32[Array, " c"]
     design: Design = eqx.field(static=True)
@@ -240,34 +220,44 @@ class StreamedEpisodes(HostTaskDistribution):
     classes: tuple[str, ...] = eqx.field(static=True)
     details: Details = eqx.field(static=True, default=())
 
+    @property
+    def on_host(self) -> bool:
+        """Whether the bank is on the host."""
+        return isinstance(self.bank, HostRows)
+
+    def examples(self, rows: Int[Array | np.ndarray, "*any"]) -> PyTree[Shaped[Any, ...]]:
+        """Return examples by their rows, `(*any, ...)`, as the bank has them."""
+        return take(self.bank, rows)
+
     def plan(self, key: PRNGKeyArray) -> Plan:
-        """Pure and traceable: which rows make up the episode that this key names."""
+        """Return which rows make up the episode that this key names; pure and traceable."""
         return self.design.plan(key, self.start, self.count)
 
     def fetch(self, plan: Plan) -> Task:
-        """On the host: gather planned episodes, `(..., W·K, ...)` for leading axes `...`."""
-        examples = self.bank.take(np.asarray(plan.rows))
-        return call(_assemble, self.design, examples, plan.turns)
+        """Gather planned episodes, `(..., W·K, ...)` for leading axes `...`."""
+        return call(Design.task, self.design, self.examples(plan.rows), plan.turns)
+
+    def sample(self, key: PRNGKeyArray) -> Task:
+        """Return the episode of this key: x `(W·K, ...)` and `(W·Q, ...)`, y int32 in [0, W)."""
+        plan = self.plan(key)
+        if self.on_host:
+            return self.fetch(plan)
+        return self.design.task(self.examples(plan.rows), plan.turns)
 
     def describe(self) -> dict[str, Any]:
-        """Name, ways, shots, queries, split, number of classes and details of the data."""
-        return _describe(self)
+        """Return name, ways, shots, queries, split, number of classes and details of the data."""
+        times = 4 if self.design.rotations == "classes" else 1
+        return {
+            "tasks": self.name,
+            "split": self.split,
+            "way": self.design.way,
+            "shot": self.design.shot,
+            "query": self.design.query,
+            "classes": times * len(self.classes),
+            "rotations": self.design.rotations,
+            **dict(self.details),
+        }
 
 
-def _assemble(design: Design, examples: PyTree, turns: Array) -> Task:
-    return design.task(examples, turns)
-
-
-def _describe(tasks: Episodes | StreamedEpisodes) -> dict[str, Any]:
-    design = tasks.design
-    times = 4 if design.rotations == "classes" else 1
-    return {
-        "tasks": tasks.name,
-        "split": tasks.split,
-        "way": design.way,
-        "shot": design.shot,
-        "query": design.query,
-        "classes": times * len(tasks.classes),
-        "rotations": design.rotations,
-        **dict(tasks.details),
-    }
+StreamedEpisodes = Episodes
+"""Episodes of a bank on the host had a class of their own."""

@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
-from adaptax.task import Batch, Splits, Task, TaskDistribution
-from adaptax.tasks import bank
-from adaptax.tasks.ranges import check_noise, uniform
-from adaptax.tasks.sources import DataError
+from adaptax.task import Splits, Task, TaskDistribution
+from adaptax.tasks.files import DataError
+from adaptax.tasks.ranges import check_noise, points, uniform
 
 AMPLITUDES = (0.1, 5.0)
 FREQUENCIES = (0.5, 2.0)
@@ -52,7 +51,7 @@ class FiniteSinusoids(TaskDistribution):
     seed: int = eqx.field(static=True, default=0)
 
     def index(self, key: PRNGKeyArray) -> Int32[Array, ""]:
-        """Which task of the finite set this key names."""
+        """Return which task of the finite set this key names."""
         if self.tasks is None:
             raise ValueError(f"the {self.split} tasks are fresh for every key and have no index")
         return jax.random.randint(key, (), 0, self.tasks, jnp.int32)
@@ -60,29 +59,29 @@ class FiniteSinusoids(TaskDistribution):
     def parameters(
         self, key: PRNGKeyArray
     ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-        """Amplitude `A`, frequency `w` and phase `b` of the task that this key names."""
+        """Return amplitude `A`, frequency `w` and phase `b` of the task that this key names."""
         for_wave = jax.random.split(jax.random.split(self._own(key), 3)[0], 3)
         ranges = (AMPLITUDES, FREQUENCIES, PHASES)
         amplitude, frequency, phase = (uniform(k, ends) for k, ends in zip(for_wave, ranges))
         return amplitude, frequency, phase
 
     def function(self, key: PRNGKeyArray) -> Callable[[Array], Array]:
-        """The true function of the task that this key names, without noise."""
+        """Return the true function of the task that this key names, without noise."""
         amplitude, frequency, phase = self.parameters(key)
         return lambda x: amplitude * jnp.sin(frequency * x - phase)
 
     def sample(self, key: PRNGKeyArray) -> Task:
-        """The task that this key names: x and y are `(shot, 1)` and `(query, 1)`."""
+        """Return the task that this key names: x and y are `(shot, 1)` and `(query, 1)`."""
         _, for_x, for_noise = jax.random.split(self._own(key), 3)
         x = uniform(for_x, INPUTS, (self.shot + self.query, 1))
         y = self.function(key)(x)
         noisy = jnp.arange(len(x))[:, None] < (len(x) if self.noisy_queries else self.shot)
         noise = self.noise * self.parameters(key)[0] * jax.random.normal(for_noise, x.shape)
         y = jnp.where(noisy, y + noise, y)
-        return Task(Batch(x[: self.shot], y[: self.shot]), Batch(x[self.shot :], y[self.shot :]))
+        return Task.cut(x, y, self.shot)
 
     def describe(self) -> dict[str, Any]:
-        """Name, split, shots, queries, number of tasks and noise."""
+        """Return name, split, shots, queries, number of tasks and noise."""
         return {
             "tasks": "finite_sinusoids",
             "split": self.split,
@@ -129,17 +128,13 @@ def finite_sinusoids(
     if tasks < 1:
         raise DataError(f"tasks={tasks}; expected at least 1 task to train on")
     check_noise("noise", noise)
-    counts = bank.designs(1, shot, shot if query is None else query, train_shot, train_query)
-    made = {
-        split: FiniteSinusoids(
-            shot=count.shot,
-            query=count.query,
-            split=split,
+    of = points(shot, shot if query is None else query, train_shot, train_query)
+    return Splits.of(
+        lambda split: FiniteSinusoids(
+            **of[split],
             tasks=tasks if split == "train" else None,
             noise=float(noise),
             noisy_queries=split == "train",
             seed=seed,
         )
-        for split, count in counts.items()
-    }
-    return Splits(made["train"], made["val"], made["test"])
+    )

@@ -5,31 +5,32 @@ from __future__ import annotations
 import os
 import posixpath
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
 from adaptax.task import Splits
-from adaptax.tasks import bank, images, sources
+from adaptax.tasks import bank, images
 from adaptax.tasks.bank import MEMORY_BUDGET
-from adaptax.tasks.cache import cached
-from adaptax.tasks.episodes import Rotations
+from adaptax.tasks.episodes import Details, Rotations
+from adaptax.tasks.files import DataError, open_files
 from adaptax.tasks.layout import Classes, arrange
-from adaptax.tasks.sources import DataError, shown
+from adaptax.text import shown
 
 
 def folder(
     path: str | os.PathLike,
     way: int = 5,
     shot: int = 1,
-    query: int = 15,
+    query: int | None = None,
     *,
     train_shot: int | None = None,
     train_query: int | None = None,
     image_size: int = 84,
     channels: int = 3,
-    splits: Sequence[float] = (0.64, 0.16, 0.2),
+    splits: Sequence[float] | None = None,
     seed: int = 0,
     rotations: tuple[Rotations, Rotations] = ("none", "none"),
     invert: bool = False,
@@ -53,12 +54,14 @@ def folder(
         path: the folder or zip archive; one directory that wraps all others is looked through.
         way: classes an episode.
         shot: support images a class.
-        query: query images a class.
+        query: query images a class; 15 if `None`, or as many as the smallest class leaves.
         train_shot: support images a class in meta-training, if not `shot`.
         train_query: query images a class in meta-training, if not `query`.
         image_size: side in pixels; images are resized to the square, whatever their aspect.
         channels: 1 for grey, 3 for colour.
-        splits: fractions of the classes for train, val and test, in the first layout.
+        splits: fractions of the classes for train, val and test, in the first layout; if `None`,
+            (0.64, 0.16, 0.2), or others where these give a split fewer classes than `way`, see
+            `describe()["splits"]`.
         seed: of that split.
         rotations: in meta-training, and in validation and test.
         invert: turn bytes b into 255 − b, for dark ink on light paper.
@@ -75,11 +78,14 @@ def folder(
     Warns:
         UserWarning: if an image is in two splits.
     """
-    design = bank.designs(way, shot, query, train_shot, train_query, rotations, invert=invert)
+    designs = partial(
+        bank.designs, way, shot, train_shot=train_shot, train_query=train_query,
+        rotations=rotations, invert=invert,
+    )  # fmt: skip
+    designs(query=query)  # bad counts are told first
     images.check_format(image_size, channels, resample)
-    need = [d.shot + d.query for d in design.values()]
     where = Path(path).expanduser()
-    with sources.open_files(where) as files:
+    with open_files(where) as files:
         names = [n for n in files.names if images.is_image(n) or images.is_unread(n)]
         if not names:
             raise DataError(
@@ -96,36 +102,31 @@ def folder(
                 f"{shown(where)}: {len(unread)} pictures are of a format that is not read, first "
                 f"{shown(unread[0])}; convert them to PNG or JPEG, or remove them"
             )
+        place = {name: row for row, name in enumerate(used)}
+        rows = {
+            split: {name: np.array([place[n] for n in of]) for name, of in classes.items()}
+            for split, classes in parts.items()
+        }
+        classes, design, how, shared = bank.settle(rows, splits, seed, query, designs)
+        need = [d.shot + d.query for d in design.values()]
         if min_images is None:
             _check_beside(parts, min(need), shown(where))
-        array, checksums, several = cached(
-            "folder",
-            [files.fingerprint, resample, min_images],
-            (len(used), image_size, image_size, channels),
-            lambda out: images.decode_into(out, files, used, resample=resample),
+        array, checksums, several = images.decode_all(
+            "folder", [(files, used)], image_size, channels, resample, key=[resample, min_images]
         )
-    place = {name: row for row, name in enumerate(used)}
-    rows = {
-        split: {name: np.array([place[n] for n in of]) for name, of in classes.items()}
-        for split, classes in parts.items()
-    }
-    details: tuple[tuple[str, object], ...] = (("image_size", image_size), ("ignored", ignored))
+    details: Details = (("image_size", image_size), ("ignored", ignored))
     if several:
         details += (("first_frame_of", several),)
     if min_images is not None:
         details += (("min_images", min_images), ("left_out", left_out))
-    if "" in rows:
-        classes = rows[""]
-        cut = bank.split_by_fraction(list(classes), splits, seed)
-        rows = {split: {n: classes[n] for n in part} for split, part in cut.items()}
-        details += (("splits", tuple(splits)), ("split_seed", seed))
     return bank.make_splits(
         array,
-        rows,
+        classes,
         design,
         name=where.stem,
-        details=details,
+        details=details + how,
         memory_budget=memory_budget,
+        shared=shared,
         checksums=checksums,
         names=used,
         leave_out=f"leave such classes out by min_images={max(need)}",

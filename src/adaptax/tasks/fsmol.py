@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Integer, PRNGKeyArray, Shaped, UInt8
 
-from adaptax.task import Batch, Splits, Task, TaskDistribution
-from adaptax.tasks import bank, sources
+from adaptax.task import Splits, Task, TaskDistribution
+from adaptax.tasks import bank
 from adaptax.tasks.assays import FOLDS, load
 from adaptax.tasks.episodes import Details, distinct
-from adaptax.tasks.sources import DataError
+from adaptax.tasks.files import DataError, data_folder
 
 TARGETS = ("activity", "active")
 SCALES = ("support", "assay", "none")
@@ -57,7 +57,7 @@ class FSMol(TaskDistribution):
     details: Details = eqx.field(static=True, default=())
 
     def assay(self, i: int | Integer[Array, ""], key: PRNGKeyArray) -> Task:
-        """A task of assay `i`: the key names which of its molecules, none of them twice.
+        """Return a task of assay `i`: the key names which of its molecules, none of them twice.
 
         x is `(shot, bits)` and `(query, bits)`; y is `(n, 1)` for activities, `(n,)` for labels.
         """
@@ -69,16 +69,16 @@ class FSMol(TaskDistribution):
             if self.standardise == "support":
                 seen = y[: self.shot]
                 y = (y - jnp.mean(seen)) / jnp.maximum(jnp.std(seen), LEAST_SPREAD)
-        return Task(Batch(x[: self.shot], y[: self.shot]), Batch(x[self.shot :], y[self.shot :]))
+        return Task.cut(x, y, self.shot)
 
     def sample(self, key: PRNGKeyArray) -> Task:
-        """The task that this key names, of any assay, each as likely."""
+        """Return the task that this key names, of any assay, each as likely."""
         for_assay, for_rows = jax.random.split(key)
         which = jax.random.randint(for_assay, (), 0, len(self.assays), jnp.int32)
         return self.assay(which, for_rows)
 
     def episode(self, key: PRNGKeyArray, i: int | Integer[Array, ""]) -> Task:
-        """Episode `i` of a stream, whose own key is `key`: assay `i`, if they come in order.
+        """Return episode `i` of a stream, whose own key is `key`: assay `i`, if they come in order.
 
         As many episodes as assays are each assay once; with more of them it starts again, with
         other molecules.
@@ -88,7 +88,7 @@ class FSMol(TaskDistribution):
     def scores(
         self, predictions: Float[Array, "*particles n ways"], targets: Shaped[Array, "n ..."]
     ) -> dict[str, Float[Array, ""]]:
-        """What `evaluate` adds: `r2 = 1 − Σ(y − f)² / Σ(y − ȳ)²`, f the mean prediction.
+        """Return what `evaluate` adds: `r2 = 1 − Σ(y − f)² / Σ(y − ȳ)²`, f the mean prediction.
 
         ȳ is the mean of the *support*, 0 in its units: what one would predict without looking at
         molecules (R² out of sample). Only for targets that are standardised by the support.
@@ -99,7 +99,7 @@ class FSMol(TaskDistribution):
         return {"r2": 1 - jnp.sum((targets - mean) ** 2) / jnp.sum(targets**2)}
 
     def describe(self) -> dict[str, Any]:
-        """Name, split, shots, queries, number of assays and details of the data."""
+        """Return name, split, shots, queries, number of assays and details of the data."""
         return {
             "tasks": "fsmol",
             "split": self.split,
@@ -160,25 +160,21 @@ def fsmol(
         FileNotFoundError: if the data are nowhere.
         DataError: if files are broken, the counts do not fit, or an argument is not known.
     """
-    for what, given, known in (
-        ("target", target, TARGETS),
-        ("standardise", standardise, SCALES),
-    ):
+    for what, given, known in (("target", target, TARGETS), ("standardise", standardise, SCALES)):
         if given not in known:
             raise DataError(f"{what}={given!r}; expected one of {', '.join(known)}")
     designs = bank.designs(1, shot, query, train_shot, train_query)
-    data = load(sources.data_root(data_root))
-    made = {}
-    for split, design in designs.items():
-        need = design.shot + design.query
-        rows, y, left_out = {}, data.active.astype(np.int32), 0
-        if target == "activity":
-            y = data.log_activity.copy()
+    data = load(data_folder(data_root))
+
+    def assays(split: str) -> FSMol:
+        design, rows, left_out = designs[split], {}, 0
+        counted = f"shot + query = {design.shot} + {design.query}"
+        y = data.log_activity.copy() if target == "activity" else data.active.astype(np.int32)
         for i in np.flatnonzero(data.split == FOLDS[split]):
             of = np.arange(data.offsets[i], data.offsets[i + 1])
             if target == "activity":
                 of = of[np.isfinite(y[of])]
-            if len(of) >= need:
+            if len(of) >= design.shot + design.query:
                 rows[str(data.task[i])] = of
                 if target == "activity":
                     y[of] = _scaled(y[of], data.active[of], orient, standardise == "assay")
@@ -186,20 +182,17 @@ def fsmol(
                 left_out += 1
             else:
                 raise DataError(
-                    f"assay {data.task[i]} of the {split} split has {len(of)} molecules, but shot "
-                    f"+ query = {design.shot} + {design.query} were asked; lower them"
+                    f"assay {data.task[i]} of the {split} split has {len(of)} molecules, but "
+                    f"{counted} were asked; lower them"
                 )
         if not rows:
-            raise DataError(
-                f"no assay of the {split} split has shot + query = {design.shot} + {design.query} "
-                "molecules; lower them"
-            )
+            raise DataError(f"no assay of the {split} split has {counted} molecules; lower them")
         index = np.concatenate(list(rows.values()))
         count = np.array([len(of) for of in rows.values()], np.int32)
-        details: tuple[tuple[str, Any], ...] = (("left_out", left_out), ("target", target))
+        details: Details = (("left_out", left_out), ("target", target))
         if target == "activity":
             details += (("standardise", standardise), ("orient", orient))
-        made[split] = FSMol(
+        return FSMol(
             bank=jnp.asarray(data.fingerprint_bits[index]),
             y=jnp.asarray(y[index]),
             start=jnp.asarray(np.cumsum(count, dtype=np.int32) - count),
@@ -212,13 +205,14 @@ def fsmol(
             assays=tuple(rows),
             details=details,
         )
-    return Splits(made["train"], made["val"], made["test"])
+
+    return Splits.of(assays)
 
 
 def _scaled(
     y: Float[np.ndarray, " n"], active: Bool[np.ndarray, " n"], orient: bool, standardise: bool
 ) -> Float[np.ndarray, " n"]:
-    """Activities of one assay, turned and standardised as asked."""
+    """Return the activities of one assay, turned and standardised as asked."""
     both = active.any() and not active.all()
     if orient and both and y[active].mean() < y[~active].mean():
         y = -y

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import unicodedata
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont, features
 
+from adaptax.io import write_atomic
 from adaptax.task import Splits
 from adaptax.tasks import bank
 from adaptax.tasks.bank import MEMORY_BUDGET
-from adaptax.tasks.cache import cached
+from adaptax.tasks.cache import Cached, cache_root, cached
 from adaptax.tasks.episodes import Rotations
-from adaptax.tasks.sources import DataError
+from adaptax.tasks.files import DataError
 
 LEAST_FACES = 8
-SIZE = 28
-FONT_SIZE = 20
-BASELINE = 21
+SIZE, FONT_SIZE, BASELINE = 28, 20, 21
+
+Classes = dict[str, dict[str, np.ndarray]]
+"""For every split the rows of its characters."""
 
 SCRIPTS = {
     "LATIN": "train",
@@ -72,12 +75,16 @@ def glyphs(
         DataError: if the counts do not fit, or Matplotlib came without its fonts.
     """
     design = bank.designs(way, shot, query, train_shot, train_query, rotations)
-    array, splits = load()
-    return bank.make_splits(array, splits, design, name="glyphs", memory_budget=memory_budget)
+    (array, checksums, _), splits = load()
+    return bank.make_splits(
+        array, splits, design, name="glyphs", memory_budget=memory_budget, checksums=checksums
+    )
 
 
-def load() -> tuple[np.ndarray, dict[str, dict[str, np.ndarray]]]:
-    """All renderings, `(n, 28, 28, 1)` bytes, and for every split the rows of its characters."""
+def load() -> tuple[Cached, Classes]:
+    """Return all renderings, `(n, 28, 28, 1)` bytes, and the rows of the characters."""
+    import matplotlib
+
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
     faces = [p for p in sorted(folder.glob("*.ttf"))
              if p.stem.startswith(FAMILIES) and "Display" not in p.stem]  # fmt: skip
@@ -86,9 +93,34 @@ def load() -> tuple[np.ndarray, dict[str, dict[str, np.ndarray]]]:
             f"{folder} holds {len(faces)} of the DejaVu and STIX fonts, expected 16; "
             "reinstall matplotlib with its fonts"
         )
-    drawn = list(_drawn(faces))
-    key = [hashlib.sha256(p.read_bytes()).hexdigest() for p in faces]
+    return _load(tuple((face, face.stat().st_mtime_ns) for face in faces))
 
+
+@functools.lru_cache(1)
+def _load(dated: tuple[tuple[Path, int], ...]) -> tuple[Cached, Classes]:
+    """Return renderings and classes, from the cache on the disk if they are there."""
+    faces = [face for face, _ in dated]
+    key = [hashlib.sha256(face.read_bytes()).hexdigest() for face in faces]
+    key += [str(features.version("freetype2")), f"{SIZE} {FONT_SIZE} {BASELINE}"]
+    digest = hashlib.sha256(json.dumps([key, unicodedata.unidata_version, SCRIPTS]).encode())
+    table = cache_root() / f"glyphs-{digest.hexdigest()[:24]}.json"
+    with suppress(OSError, ValueError):
+        # Which characters there are, and which of them agree, takes as long as drawing them.
+        drawn, classes = json.loads(table.read_text())
+        images = _draw(faces, key, drawn)
+        return images, {
+            s: {c: np.array(rows) for c, rows in of.items()} for s, of in classes.items()
+        }
+    drawn = list(_drawn(faces))
+    images = _draw(faces, key, drawn)
+    found = _distinct_classes(images.images, drawn)
+    kept = {s: {c: rows.tolist() for c, rows in of.items()} for s, of in found.items()}
+    with suppress(OSError):
+        write_atomic(table, json.dumps([drawn, kept]).encode())
+    return images, found
+
+
+def _draw(faces: list[Path], key: list[str], drawn: list[tuple[str, str, int]]) -> Cached:
     def fill(out: np.ndarray) -> int:
         for f, face in enumerate(faces):
             font = ImageFont.truetype(str(face), FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
@@ -97,13 +129,11 @@ def load() -> tuple[np.ndarray, dict[str, dict[str, np.ndarray]]]:
                     out[row, :, :, 0] = _render(font, character)
         return 0
 
-    key += [str(features.version("freetype2")), f"{SIZE} {FONT_SIZE} {BASELINE}"]
-    array = cached("glyphs", [key, drawn], (len(drawn), SIZE, SIZE, 1), fill).images
-    return array, _distinct_classes(array, drawn)
+    return cached("glyphs", [key, drawn], (len(drawn), SIZE, SIZE, 1), fill)
 
 
 def split_of(character: str) -> str | None:
-    """The split that a character belongs to; `None` for those left out.
+    """Return the split that a character belongs to; `None` for those left out.
 
     Left out are marks, spaces, controls, letters that are variants of others (superscripts,
     double-struck, numerals), and the box and Braille patterns, which hardly vary with the face.
@@ -118,7 +148,9 @@ def split_of(character: str) -> str | None:
 
 
 def _drawn(faces: list[Path]) -> Iterator[tuple[str, str, int]]:
-    """Split, character and face of every rendering: characters in enough faces, in order."""
+    """Yield split, character and face of every rendering: characters in enough faces, in order."""
+    from fontTools.ttLib import TTFont
+
     support: dict[int, list[int]] = {}
     for f, face in enumerate(faces):
         with TTFont(face, lazy=True) as font:
@@ -132,21 +164,19 @@ def _drawn(faces: list[Path]) -> Iterator[tuple[str, str, int]]:
 
 
 def _render(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray:
-    """Ink on blank, centred on its advance, on a fixed baseline; clipped at the border."""
+    """Draw ink on blank, centred on its advance, on a fixed baseline; clipped at the border."""
     image = Image.new("L", (SIZE, SIZE))
     ImageDraw.Draw(image).text((SIZE // 2, BASELINE), character, 255, font, anchor="ms")
     return np.asarray(image)
 
 
-def _distinct_classes(
-    array: np.ndarray, drawn: list[tuple[str, str, int]]
-) -> dict[str, dict[str, np.ndarray]]:
-    """Rows of every class; a character that shares an image with an earlier one is left out."""
+def _distinct_classes(array: np.ndarray, drawn: list[tuple[str, str, int]]) -> Classes:
+    """Return the rows of every class, without characters that share an image with another."""
     rows: dict[tuple[str, str], list[int]] = {}
     for row, (split, character, _) in enumerate(drawn):
         rows.setdefault((split, character), []).append(row)
     taken: set[bytes] = {bytes(SIZE * SIZE)}
-    splits: dict[str, dict[str, np.ndarray]] = {split: {} for split in bank.NAMES}
+    splits: Classes = {split: {} for split in bank.NAMES}
     for (split, character), candidates in rows.items():
         seen = {array[row].tobytes(): row for row in reversed(candidates)}
         # Characters that agree in one face are mostly the same letter but for hinting: Greek and

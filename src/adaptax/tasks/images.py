@@ -16,7 +16,8 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION as PHOTOMETRIC
 
-from adaptax.tasks.sources import DataError, Files
+from adaptax.tasks.cache import Cached, cached
+from adaptax.tasks.files import DataError, Files
 
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM")
 """What is decoded, whatever a file is called: raster formats alone, none of which starts a process
@@ -172,17 +173,50 @@ def _reason(error: Exception, data: bytes) -> str:
     return said or type(error).__name__
 
 
+def decode_all(
+    name: str,
+    parts: Sequence[tuple[Files, Sequence[str]]],
+    size: int,
+    channels: int,
+    resample: str,
+    key: Sequence[Any] | None = None,
+) -> Cached:
+    """Return images as one array, `(n, size, size, channels)`, from the cache if they are there.
+
+    Args:
+        name: of the data set.
+        parts: files, and the names of those that are wanted of them.
+        size: side in pixels.
+        channels: 1 or 3.
+        resample: a name in `FILTERS`.
+        key: what the pixels depend on, beside the files; the filter if `None`.
+
+    Returns:
+        The images; noted is how many have several frames, of which the first was taken.
+
+    Raises:
+        DataError: naming the file that is not a readable image.
+    """
+
+    def fill(out: np.ndarray) -> int:
+        first = several = 0
+        for files, names in parts:
+            several += decode_into(out[first : first + len(names)], files, names, resample)
+            first += len(names)
+        return several
+
+    shape = (sum(len(names) for _, names in parts), size, size, channels)
+    prints = [files.fingerprint for files, _ in parts]
+    return cached(name, prints + list([resample] if key is None else key), shape, fill)
+
+
 def decode_into(
     out: UInt8[np.ndarray, "n size size channels"],
     files: Files,
     names: Sequence[str],
-    *,
     resample: str,
 ) -> int:
-    """Decode the named files into the rows of `out`, on as many threads as there are cores.
-
-    Returns:
-        How many of them have several frames, of which the first was taken.
+    """Decode files into the rows of `out`, on all cores; return how many have several frames.
 
     Raises:
         DataError: naming the file that is not a readable image.

@@ -7,7 +7,8 @@ import re
 from collections.abc import Sequence
 
 from adaptax.tasks.bank import NAMES
-from adaptax.tasks.sources import DataError, shown
+from adaptax.tasks.files import DataError
+from adaptax.text import shown
 
 SPLITS = {
     "train": ("train", "training", "base", "metatrain", "metatraining"),

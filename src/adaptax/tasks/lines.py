@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from adaptax.task import Batch, Splits, Task, TaskDistribution
-from adaptax.tasks import bank
-from adaptax.tasks.ranges import Range, check_noise, checked, uniform
+from adaptax.task import Splits, Task, TaskDistribution
+from adaptax.tasks.ranges import Range, check_noise, checked, points, uniform
 
 PHASES = (0.0, jnp.pi)
 INPUTS = (-5.0, 5.0)
@@ -22,7 +21,7 @@ class Curve(NamedTuple):
     """The true function of a task: `slope·x + intercept`, or `amplitude·sin(x − phase)`.
 
     Args:
-        is_line: which of the two; the parameters of the other one have no say.
+        is_line: which of the two; the parameters of the other one do not matter.
         amplitude: of the wave.
         phase: of the wave, in radians.
         slope: of the line.
@@ -36,7 +35,7 @@ class Curve(NamedTuple):
     intercept: Float[Array, ""]
 
     def __call__(self, x: Float[Array, "*any"]) -> Float[Array, "*any"]:
-        """The function without noise."""
+        """Return the function without noise."""
         wave = self.amplitude * jnp.sin(x - self.phase)
         return jnp.where(self.is_line, self.slope * x + self.intercept, wave)
 
@@ -68,7 +67,7 @@ class SinusoidOrLine(TaskDistribution):
     slope: Range = eqx.field(static=True, default=(-3.0, 3.0))
 
     def parameters(self, key: PRNGKeyArray) -> Curve:
-        """The true function of the task that this key names, and which family it is of."""
+        """Return the true function of the task that this key names."""
         keys = jax.random.split(jax.random.split(key, 3)[0], 5)
         return Curve(
             jax.random.bernoulli(keys[0]),
@@ -79,27 +78,19 @@ class SinusoidOrLine(TaskDistribution):
         )
 
     def function(self, key: PRNGKeyArray) -> Callable[[Array], Array]:
-        """The true function of the task that this key names, without noise."""
+        """Return the true function of the task that this key names, without noise."""
         return self.parameters(key).__call__
 
     def sample(self, key: PRNGKeyArray) -> Task:
-        """The task that this key names: x and y are `(shot, 1)` and `(query, 1)`."""
+        """Return the task that this key names: x and y are `(shot, 1)` and `(query, 1)`."""
         _, for_x, for_noise = jax.random.split(key, 3)
         x = uniform(for_x, INPUTS, (self.shot + self.query, 1))
         y = self.parameters(key)(x) + self.noise * jax.random.normal(for_noise, x.shape)
-        return Task(Batch(x[: self.shot], y[: self.shot]), Batch(x[self.shot :], y[self.shot :]))
+        return Task.cut(x, y, self.shot)
 
     def describe(self) -> dict[str, Any]:
-        """Name, split, shots, queries, noise and ranges."""
-        return {
-            "tasks": "sinusoid_or_line",
-            "split": self.split,
-            "shot": self.shot,
-            "query": self.query,
-            "noise": self.noise,
-            "amplitude": self.amplitude,
-            "slope": self.slope,
-        }
+        """Return name, split, shots, queries, noise and ranges."""
+        return {**super().describe(), "tasks": "sinusoid_or_line"}
 
 
 def sinusoid_or_line(
@@ -131,16 +122,7 @@ def sinusoid_or_line(
     """
     check_noise("noise", noise)
     waves, lines = checked("amplitude", amplitude, least=0.0), checked("slope", slope)
-    counts = bank.designs(1, shot, query, train_shot, train_query)
-    made = {
-        split: SinusoidOrLine(
-            shot=count.shot,
-            query=count.query,
-            split=split,
-            noise=float(noise),
-            amplitude=waves,
-            slope=lines,
-        )
-        for split, count in counts.items()
-    }
-    return Splits(made["train"], made["val"], made["test"])
+    of = points(shot, query, train_shot, train_query)
+    return Splits.of(
+        lambda split: SinusoidOrLine(**of[split], noise=float(noise), amplitude=waves, slope=lines)
+    )

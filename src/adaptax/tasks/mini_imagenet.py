@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from adaptax.task import Splits
-from adaptax.tasks import bank, images, sources
+from adaptax.tasks import bank, images
 from adaptax.tasks.bank import MEMORY_BUDGET
-from adaptax.tasks.cache import cached
-from adaptax.tasks.sources import DataError, shown
+from adaptax.tasks.files import DataError, data_folder, find, first_existing, open_files
+from adaptax.text import shown
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -62,35 +62,24 @@ def mini_imagenet(
     stats: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if normalise else {}
     design = bank.designs(way, shot, query, train_shot, train_query, **stats)
     images.check_format(image_size, 3, resample)
-    where, table = _find(sources.data_root(data_root))
+    where, table = _find(data_folder(data_root))
     listed = {split: read_csv(table / f"{split}.csv") for split in bank.NAMES}
-    splits: dict[str, dict[str, np.ndarray]] = {}
-    first = 0
+    splits, first = {}, 0
     for split, rows in listed.items():
-        classes: dict[str, list[int]] = {}
-        for row, (_, label) in enumerate(rows, first):
-            classes.setdefault(label, []).append(row)
-        splits[split] = {label: np.array(of) for label, of in sorted(classes.items())}
+        splits[split] = bank.group(np.array([label for _, label in rows]), first)
         first += len(rows)
     bank.check_disjoint(splits)
-    with sources.open_files(where) as files:
-        names = sources.find(files, [n for rows in listed.values() for n, _ in rows], table)
-        array, checksums, _ = cached(
-            "mini_imagenet",
-            [files.fingerprint, names, resample],
-            (len(names), image_size, image_size, 3),
-            lambda out: images.decode_into(out, files, names, resample=resample),
+    with open_files(where) as files:
+        names = find(files, [name for rows in listed.values() for name, _ in rows], table)
+        array, checksums, _ = images.decode_all(
+            "mini_imagenet", [(files, names)], image_size, 3, resample, key=[names, resample]
         )
     return bank.make_splits(
         array,
         splits,
         design,
         name="mini_imagenet",
-        details=(
-            ("image_size", image_size),
-            ("resample", resample),
-            ("normalise", normalise),
-        ),
+        details=(("image_size", image_size), ("resample", resample), ("normalise", normalise)),
         memory_budget=memory_budget,
         checksums=checksums,
         names=names,
@@ -132,7 +121,7 @@ def read_csv(path: Path) -> list[tuple[str, str]]:
 def _find(root: Path) -> tuple[Path, Path]:
     """The images, and the folder of the csv files."""
     for table in (root / "mini_imagenet", root / "miniImagenet", root):
-        found = sources.first_existing([table / "images.zip", table / "images"])
+        found = first_existing([table / "images.zip", table / "images"])
         if found is not None and all((table / f"{split}.csv").is_file() for split in bank.NAMES):
             return found, table
     raise FileNotFoundError(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from adaptax.tasks.sources import DataError
+from adaptax.tasks.files import DataError
 
 MAX_BYTES = 4 * 2**30
 """Largest array that is read."""

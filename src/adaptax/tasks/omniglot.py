@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import random
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pooch
 
 from adaptax.task import Splits
-from adaptax.tasks import bank, images, sources
+from adaptax.tasks import bank, images
 from adaptax.tasks.bank import MEMORY_BUDGET
-from adaptax.tasks.cache import Cached, cached
+from adaptax.tasks.cache import Cached
 from adaptax.tasks.episodes import Rotations
+from adaptax.tasks.files import DataError, data_folder, first_existing, open_files
 
 URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/"
 MD5 = {
@@ -103,17 +102,16 @@ def omniglot(
         FileNotFoundError: if `data_root` does not exist.
     """
     if protocol not in PROTOCOLS:
-        raise sources.DataError(f"protocol={protocol!r}; expected one of {', '.join(PROTOCOLS)}")
+        raise DataError(f"protocol={protocol!r}; expected one of {', '.join(PROTOCOLS)}")
     how = PROTOCOLS[protocol]
     design = bank.designs(
         way, shot, query, train_shot, train_query, how.rotations, invert=how.invert
     )
     resample = resample or how.resample
     images.check_format(image_size, 1, resample)
-    (array, checksums, _), characters, names = load(
-        sources.data_root(data_root), image_size, resample
-    )
-    splits = _split(sorted(characters), how.sizes, seed)
+    (array, checksums, _), characters, names = load(data_folder(data_root), image_size, resample)
+    # A part of the data set is cut in the same proportions.
+    splits = bank.shuffled(characters, seed, how.sizes, sum(how.sizes))
     if protocol == "reptile":
         splits["val"] = splits["train"]
     return bank.make_splits(
@@ -146,45 +144,28 @@ def load(
         DataError: if an archive is broken, empty or cannot be downloaded.
     """
     with ExitStack() as stack:
-        parts = [stack.enter_context(sources.open_files(_find(root, part))) for part in MD5]
-        drawings = [
-            (files, name, "/".join(name.split("/")[-3:-1]))
-            for files in parts
-            for name in files.names
-            if images.is_image(name)
-        ]
-        characters: dict[str, list[int]] = {}
-        for row, (_, _, character) in enumerate(drawings):
-            characters.setdefault(character, []).append(row)
-        for files in parts:
-            if not any(images.is_image(name) for name in files.names):
-                raise sources.DataError(
+        archives = [stack.enter_context(open_files(_find(root, part))) for part in MD5]
+        parts = [(files, list(filter(images.is_image, files.names))) for files in archives]
+        for files, found in parts:
+            if not found:
+                raise DataError(
                     f"{files.where} holds no images; expected "
                     "<Alphabet>/characterNN/NNNN_DD.png inside; fetch it again"
                 )
-
-        def fill(out: np.ndarray) -> int:
-            first = several = 0
-            for files in parts:
-                names = [name for of, name, _ in drawings if of is files]
-                rows = out[first : first + len(names)]
-                several += images.decode_into(rows, files, names, resample=resample)
-                first += len(names)
-            return several
-
-        key = [*(files.fingerprint for files in parts), resample]
-        made = cached("omniglot", key, (len(drawings), image_size, image_size, 1), fill)
-    rows = {name: np.array(of) for name, of in characters.items()}
-    return made, rows, [name for _, name, _ in drawings]
+        made = images.decode_all("omniglot", parts, image_size, 1, resample)
+    names = [name for _, found in parts for name in found]
+    return made, bank.group(np.array(["/".join(name.split("/")[-3:-1]) for name in names])), names
 
 
 def _find(root: Path, part: str) -> Path:
     """The archive or extracted folder of a part, downloaded if it is nowhere."""
     folder = root / "omniglot"
     names = (f"{part}.zip", part)
-    found = sources.first_existing([at / name for at in (folder, root) for name in names])
+    found = first_existing([at / name for at in (folder, root) for name in names])
     if found is not None:
         return found
+    import pooch
+
     try:
         return Path(
             pooch.retrieve(
@@ -192,16 +173,8 @@ def _find(root: Path, part: str) -> Path:
             )
         )
     except (OSError, ValueError) as error:
-        raise sources.DataError(
+        raise DataError(
             f"Omniglot is not under {root} and cannot be downloaded "
             f"({type(error).__name__}): fetch {URL}{part}.zip and put it at "
             f"{folder / part}.zip, or point data_root or ADAPTAX_DATA at a folder that has it"
         ) from error
-
-
-def _split(names: list[str], sizes: tuple[int, int, int], seed: int) -> dict[str, list[str]]:
-    """Shuffle and cut; a part of the data set is cut in the same proportions."""
-    shuffled = sorted(names)
-    random.Random(seed).shuffle(shuffled)
-    ends = [round(len(names) * sum(sizes[:i]) / sum(sizes)) for i in range(4)]
-    return {split: sorted(shuffled[a:b]) for split, a, b in zip(bank.NAMES, ends, ends[1:])}

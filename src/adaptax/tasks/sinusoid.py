@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from adaptax.task import Batch, Splits, Task, TaskDistribution
+from adaptax.task import Splits, Task, TaskDistribution
 from adaptax.tasks.episodes import distinct
-from adaptax.tasks.sources import DataError
+from adaptax.tasks.files import DataError
+from adaptax.tasks.ranges import points
 
 GRID = 50
 """Points of Reptile's published demonstration."""
@@ -40,37 +41,30 @@ class Sinusoid(TaskDistribution):
     grid: bool = eqx.field(static=True, default=False)
 
     def parameters(self, key: PRNGKeyArray) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Amplitude `A` and shift `b` of the task that this key names."""
+        """Return amplitude `A` and shift `b` of the task that this key names."""
         for_amplitude, for_shift = jax.random.split(jax.random.split(key)[0])
         low, high = (-jnp.pi, 0.0) if self.paper == "maml" else (0.0, 2 * jnp.pi)
         amplitude = jax.random.uniform(for_amplitude, minval=0.1, maxval=5.0)
         return amplitude, jax.random.uniform(for_shift, minval=low, maxval=high)
 
     def function(self, key: PRNGKeyArray) -> Callable[[Array], Array]:
-        """The true function of the task that this key names, as `sample(key)` uses it."""
+        """Return the true function of the task that this key names, as `sample(key)` uses it."""
         amplitude, shift = self.parameters(key)
         return lambda x: amplitude * jnp.sin(x + shift)
 
     def sample(self, key: PRNGKeyArray) -> Task:
-        """The task that this key names: x and y are `(shot, 1)` and `(query, 1)`."""
+        """Return the task that this key names: x and y are `(shot, 1)` and `(query, 1)`."""
         points, for_x = self.shot + self.query, jax.random.split(key)[1]
         if self.grid:
             x = jnp.linspace(-5.0, 5.0, GRID)[distinct(for_x, points, GRID)][:, None]
         else:
             x = jax.random.uniform(for_x, (points, 1), minval=-5.0, maxval=5.0)
         y = self.function(key)(x)
-        return Task(Batch(x[: self.shot], y[: self.shot]), Batch(x[self.shot :], y[self.shot :]))
+        return Task.cut(x, y, self.shot)
 
     def describe(self) -> dict[str, Any]:
-        """Name, split, shots, queries and whose waves they are."""
-        return {
-            "tasks": "sinusoid",
-            "split": self.split,
-            "shot": self.shot,
-            "query": self.query,
-            "paper": self.paper,
-            "grid": self.grid,
-        }
+        """Return name, split, shots, queries and whose waves they are."""
+        return {**super().describe(), "tasks": "sinusoid"}
 
 
 def sinusoid(
@@ -100,18 +94,8 @@ def sinusoid(
     """
     if paper not in ("maml", "reptile"):
         raise DataError(f"paper={paper!r}; expected 'maml' or 'reptile'")
-    train = (
-        shot if train_shot is None else train_shot,
-        query if train_query is None else train_query,
-    )
-    counts = {"train": train, "val": (shot, query), "test": (shot, query)}
-    for k, q in counts.values():
-        if k < 1 or q < 0:
-            raise DataError(f"shot={k}, query={q}; expected at least 1 and at least 0 points")
+    of = points(shot, query, train_shot, train_query)
+    for k, q in {(each["shot"], each["query"]) for each in of.values()}:
         if grid and k + q > GRID:
             raise DataError(f"shot + query = {k} + {q} points of a grid of {GRID}; lower them")
-    made = {
-        split: Sinusoid(shot=k, query=q, split=split, paper=paper, grid=grid)
-        for split, (k, q) in counts.items()
-    }
-    return Splits(made["train"], made["val"], made["test"])
+    return Splits.of(lambda split: Sinusoid(**of[split], paper=paper, grid=grid))

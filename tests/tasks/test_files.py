@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from adaptax.tasks import sources
-from adaptax.tasks.sources import DataError, data_root, open_files, shown
+from adaptax.tasks import files as module
+from adaptax.tasks.files import DataError, data_folder, open_files
+from adaptax.text import shown
 
 
 def archive(path, members):
@@ -21,20 +22,20 @@ def archive(path, members):
 def test_the_root_is_the_argument_else_the_environment_else_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("ADAPTAX_DATA", str(tmp_path))
     (tmp_path / "other").mkdir()
-    assert data_root() == tmp_path
-    assert data_root(tmp_path / "other") == tmp_path / "other"
+    assert data_folder() == tmp_path
+    assert data_folder(tmp_path / "other") == tmp_path / "other"
     monkeypatch.delenv("ADAPTAX_DATA")
-    assert data_root().name == "data"
+    assert data_folder().name == "data"
 
 
 def test_a_root_that_does_not_exist(tmp_path, monkeypatch):
     with pytest.raises(
         FileNotFoundError, match=r"data_root names .*nowhere, which is not a folder"
     ):
-        data_root(tmp_path / "nowhere")
+        data_folder(tmp_path / "nowhere")
     monkeypatch.setenv("ADAPTAX_DATA", str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match="variable ADAPTAX_DATA names"):
-        data_root()
+        data_folder()
 
 
 def test_folder_and_archive_read_alike(tmp_path):
@@ -73,7 +74,7 @@ def test_members_that_would_escape_are_refused(tmp_path, name):
 
 
 def test_members_that_unpack_too_far_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_MEMBER", 10)
+    monkeypatch.setattr(module, "MAX_MEMBER", 10)
     bomb = archive(tmp_path / "bomb.zip", {"a": bytes(11)})
     message = "a unpacks to 11 bytes, more than the 10"
     with open_files(bomb) as files, pytest.raises(DataError, match=message):
@@ -193,7 +194,7 @@ def test_links_are_followed_without_circles(tmp_path):
 def test_folders_that_cannot_be_listed_and_files_too_large(tmp_path, monkeypatch):
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "a.png").write_bytes(b"12345")
-    monkeypatch.setattr(sources, "MAX_FILE", 4)
+    monkeypatch.setattr(module, "MAX_FILE", 4)
     assert "c/a.png has 5 bytes, more than 4" in refusal(tmp_path)
     scandir = os.scandir
 

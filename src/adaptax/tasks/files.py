@@ -1,4 +1,4 @@
-"""Where images come from: data roots, folders and zip archives, all read in memory."""
+"""Folders and zip archives, all read in memory, and the folder of the data sets."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-import pooch
 
 from adaptax.text import shown
 
@@ -64,7 +62,7 @@ class Files:
         return f"{shown(self.where)}: {shown(name)}"
 
 
-def data_root(given: str | os.PathLike | None = None) -> Path:
+def data_folder(given: str | os.PathLike | None = None) -> Path:
     """The folder that holds the data: the argument, else `ADAPTAX_DATA`, else the user's cache.
 
     Raises:
@@ -72,6 +70,8 @@ def data_root(given: str | os.PathLike | None = None) -> Path:
     """
     asked = given if given is not None else os.environ.get("ADAPTAX_DATA")
     if not asked:
+        import pooch
+
         return Path(pooch.os_cache("adaptax")) / "data"
     root = Path(asked).expanduser()
     if not root.is_dir():
