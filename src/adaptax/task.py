@@ -132,7 +132,7 @@ class TaskDistribution(eqx.Module):
 
     @property
     def on_host(self) -> bool:
-        """Whether tasks are planned on the device and fetched from the host."""
+        """Return whether tasks are planned on the device and fetched from the host."""
         return False
 
     def describe(self) -> dict[str, Any]:
@@ -140,7 +140,7 @@ class TaskDistribution(eqx.Module):
         return {"tasks": type(self).__name__, "split": self.split, **self._settings()}
 
     def _settings(self) -> dict[str, Any]:
-        """The fields that are numbers or text, or pairs of such."""
+        """Return the fields that are numbers or text, or pairs of such."""
 
         def plain(value: Any) -> bool:
             pair = isinstance(value, tuple) and len(value) == 2
@@ -171,7 +171,7 @@ class HostTaskDistribution(TaskDistribution):
 
     @property
     def on_host(self) -> bool:
-        """Whether tasks are fetched from the host; if not, `sample` must be traceable."""
+        """Return whether tasks are fetched from the host; if not, `sample` must be traceable."""
         return True
 
     def sample(self, key: PRNGKeyArray) -> Task:

@@ -10,12 +10,12 @@ _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud8
 
 
 def escaped(text: str) -> str:
-    """Text that a terminal can show as it is: what would control it is escaped, `\\x1b`."""
+    """Escape what would control a terminal, as `\\x1b`."""
     return _HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def shown(name: object, most: int = 200) -> str:
-    """A name in a sentence: in one line, control characters escaped, the middle of long ones cut.
+    """Return a name for a sentence: one line, control characters escaped, long ones cut.
 
     Args:
         name: such as a path.

@@ -18,32 +18,32 @@ Predicate = Callable[[str], bool]
 
 
 def paths(tree: PyTree) -> PyTree[str]:
-    """The path of every leaf, as a tree of strings: attributes, keys and indices joined by `/`."""
+    """Return the path of every leaf as a string: attributes, keys and indices joined by `/`."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), tree)
 
 
 def by_path(tree: PyTree) -> dict[str, Any]:
-    """The leaves of a tree by their paths."""
+    """Return the leaves of a tree by their paths."""
     return dict(zip(jax.tree.leaves(paths(tree)), jax.tree.leaves(tree), strict=True))
 
 
 def replace(tree: PyTree, leaves: dict[str, Any]) -> PyTree:
-    """The tree with other leaves at some paths."""
+    """Return the tree with other leaves at some paths."""
     return jax.tree.map(lambda path, leaf: leaves.get(path, leaf), paths(tree), tree)
 
 
 def every(path: str) -> bool:
-    """The predicate that chooses every parameter."""
+    """Choose every parameter."""
     return True
 
 
 def under(*prefixes: str) -> Predicate:
-    """The predicate that chooses the leaves at or below any of these paths: `under("head")`."""
+    """Return the predicate of the leaves at or below any of these paths: `under("head")`."""
     return lambda path: any(path == p or path.startswith(p + "/") for p in prefixes)
 
 
 def adaptable(model: PyTree, adapt_only: Predicate | None = None) -> PyTree[bool]:
-    """Which leaves the inner loop adapts, as a tree of booleans.
+    """Return which leaves the inner loop adapts, as a tree of booleans.
 
     Args:
         model: any pytree; only its parameters can be adapted, see `adaptax.roles`.
@@ -68,7 +68,7 @@ def adaptable(model: PyTree, adapt_only: Predicate | None = None) -> PyTree[bool
 def only(
     mask: PyTree[bool], predicate: Predicate | None, name: str, among: PyTree[bool] | None = None
 ) -> PyTree[bool]:
-    """The mask without the leaves that a predicate does not choose.
+    """Return the mask without the leaves that a predicate does not choose.
 
     Args:
         mask: booleans in the structure of a model.
@@ -92,51 +92,51 @@ def only(
 
 
 def parameters(model: PyTree) -> PyTree:
-    """The parameters of a model, shared ones in one place; everything else is `None`."""
+    """Return the parameters of a model, shared ones in one place; everything else is `None`."""
     model = roles.deduplicate(model)
     return eqx.filter(model, roles.trained(model))
 
 
 def count(model: PyTree) -> int:
-    """Number of parameters."""
+    """Return the number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(parameters(model)))
 
 
 def full_like(model: PyTree, value: float) -> PyTree:
-    """The parameters of a model, all set to `value`."""
+    """Return the parameters of a model, all set to `value`."""
     return jax.tree.map(lambda leaf: jnp.full_like(leaf, value), parameters(model))
 
 
 def axpy(a: float | Float[Array, ""], x: PyTree, y: PyTree) -> PyTree:
-    """`a·x + y`, leaf by leaf."""
+    """Return `a·x + y`, leaf by leaf."""
     return jax.tree.map(lambda x, y: a * x + y, x, y)
 
 
 def shift(model: PyTree, to: PyTree, start: PyTree) -> PyTree:
-    """The model, its parameters moved by `to − start`."""
+    """Return the model, its parameters moved by `to − start`."""
     move = lambda chosen, m, a, b: m + (a - b) if chosen else m  # noqa: E731
     return jax.tree.map(move, roles.trained(model), model, to, start)
 
 
 def squared_distance(x: PyTree, y: PyTree) -> Float[Array, ""]:
-    """`‖x − y‖²` over the parameters of two models."""
+    """Return `‖x − y‖²` over the parameters of two models."""
     pairs = zip(jax.tree.leaves(parameters(x)), jax.tree.leaves(parameters(y)), strict=True)
     return sum((jnp.sum((wide(a) - wide(b)) ** 2) for a, b in pairs), jnp.zeros(()))
 
 
 def wide(x: Array) -> Array:
-    """The array in float32 if it is in half precision, as it is if not: for sums."""
+    """Return the array, in float32 if it is in half precision: for sums."""
     half = jnp.issubdtype(x.dtype, jnp.floating)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if half else x
 
 
 def in_types_of(like: PyTree, tree: PyTree) -> PyTree:
-    """The arrays of a tree in the dtypes of another of its structure."""
+    """Return the arrays of a tree in the dtypes of another of its structure."""
     return jax.tree.map(lambda old, new: new.astype(old.dtype), like, tree)
 
 
 def noise_like(key: PRNGKeyArray, model: PyTree) -> PyTree:
-    """Standard normal noise of the shape of a model's parameters, independent for each leaf."""
+    """Draw standard normal noise of the shape of a model's parameters, independent by leaf."""
     leaves, structure = jax.tree.flatten(parameters(model))
     keys = jax.random.split(key, max(len(leaves), 1))
     noise = [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves)]
@@ -144,7 +144,7 @@ def noise_like(key: PRNGKeyArray, model: PyTree) -> PyTree:
 
 
 def stack(models: list[PyTree]) -> PyTree:
-    """Models of one structure as one model whose arrays lead with a new axis."""
+    """Stack models of one structure into one, whose arrays lead with a new axis."""
     shares = roles.deduplicate(models[0]) is not models[0]
     models = [roles.deduplicate(model) for model in models]
     arrays = [eqx.filter(model, eqx.is_array) for model in models]
@@ -154,18 +154,18 @@ def stack(models: list[PyTree]) -> PyTree:
 
 
 def at(models: PyTree, index: int | Array) -> PyTree:
-    """Of models stacked along a leading axis, the one at an index: what `stack` undoes."""
+    """Return one of the models that `stack` joined."""
     take = lambda leaf: leaf[index] if eqx.is_array(leaf) else leaf  # noqa: E731
     return roles.kept(lambda models: jax.tree.map(take, models), models)
 
 
 def finite(tree: PyTree) -> Bool[Array, ""]:
-    """Whether every parameter of the tree is finite."""
+    """Return whether every parameter of the tree is finite."""
     leaves = jax.tree.leaves(parameters(tree))
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 
 
 def norm(tree: PyTree) -> Float[Array, ""]:
-    """`‖x‖` over the parameters of a tree."""
+    """Return `‖x‖` over the parameters of a tree."""
     squares = (jnp.sum(jnp.square(wide(leaf))) for leaf in jax.tree.leaves(parameters(tree)))
     return jnp.sqrt(sum(squares, jnp.zeros(())))

@@ -31,7 +31,7 @@ _drawing: ContextVar[Any] = ContextVar("drawing", default=None)
 def from_torch(
     module: Any, *, channels_last: bool = True, key: PRNGKeyArray | None = None
 ) -> Functional:
-    """A PyTorch module as a model, its parameters the module's.
+    """Make a model of a PyTorch module, with the module's parameters.
 
     The parameters are nested by the names of the submodules, so the paths that learners know are
     `"params/conv1/weight"`: `adaptax.ANIL(loss, head="params/fc")` adapts the layer `fc`. What
@@ -106,7 +106,7 @@ def from_torch(
 
 
 def to_torch(adapted: Functional, module: Any) -> Any:
-    """A copy of a PyTorch module with the parameters of an adapted model written into it.
+    """Copy a PyTorch module and write the parameters of an adapted model into it.
 
     Buffers, frozen parameters and the training mode stay those of `module`. In evaluation mode
     its batch normalisation uses the running averages it had: call `.train()` on these layers for
@@ -146,7 +146,7 @@ def to_torch(adapted: Functional, module: Any) -> Any:
 
 
 def _one_behaviour(module: Any, random: bool) -> Any:
-    """A copy whose layers behave alike in training and evaluation, but for what is random."""
+    """Copy a module; its layers behave alike in training and evaluation, but for what is random."""
     torch, _ = _import()
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"from_torch takes a torch.nn.Module, not a {type(module).__name__}")
@@ -174,7 +174,7 @@ def _one_behaviour(module: Any, random: bool) -> Any:
 
 
 def _import() -> tuple[Any, Any]:
-    """`torch` and `torchax`, without the settings that importing torchax leaves behind."""
+    """Import torch and torchax, without the settings that importing torchax leaves behind."""
     try:
         import torch
 
@@ -194,7 +194,7 @@ def _import() -> tuple[Any, Any]:
 
 @contextmanager
 def _no_fast_path(torch: Any) -> Iterator[None]:
-    """PyTorch's fused attention, which has no derivative, is off inside."""
+    """Switch PyTorch's fused attention off, which has no derivative."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -205,7 +205,7 @@ def _no_fast_path(torch: Any) -> Iterator[None]:
 
 @functools.cache
 def _environment() -> Any:
-    """Where torchax runs: our own, so that nobody's random state or settings are touched."""
+    """Return torchax's environment: our own, so that no random state or setting is touched."""
     _import()
     from torchax import tensor
 
@@ -225,7 +225,7 @@ def _environment() -> Any:
 
 
 def _flatten(params: PyTree, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Arrays with the names that PyTorch gives them."""
+    """Return arrays with the names that PyTorch gives them."""
     for name, value in params.items():
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{name}.")
@@ -234,7 +234,7 @@ def _flatten(params: PyTree, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _nest(params: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `_flatten`."""
+    """Return the inverse of `_flatten`."""
     nested: dict[str, Any] = {}
     for name, value in params.items():
         *modules, last = name.split(".")

@@ -80,7 +80,7 @@ class Conv4(eqx.Module):
         self.head = Linear(features, out, key=head_key, init=head_init)
 
     def features(self, x: Float[Array, "n h w c"]) -> Float[Array, "n features"]:
-        """What the head sees."""
+        """Return what the head sees."""
         if x.shape[1:] != self.image:
             raise ValueError(
                 f"this network was built for images of shape {self.image} (height, width, "
@@ -96,7 +96,7 @@ class Conv4(eqx.Module):
         return x.reshape(len(x), -1) if self.flatten else jnp.mean(x, axis=(1, 2))
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n out"]:
-        """A batch of logits."""
+        """Return a batch of logits."""
         return self.head(self.features(x))
 
 

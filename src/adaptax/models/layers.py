@@ -46,7 +46,7 @@ class Linear(eqx.Module):
         self.bias = jnp.zeros(out_size)
 
     def __call__(self, x: Float[Array, "n in_size"]) -> Float[Array, "n out_size"]:
-        """A batch of outputs."""
+        """Return a batch of outputs."""
         return x @ self.weight + self.bias
 
 
@@ -70,7 +70,7 @@ class Conv2d(eqx.Module):
         self.stride = stride
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
-        """A batch of images."""
+        """Return a batch of images."""
         return conv(x, self.weight, strides=(self.stride, self.stride)) + self.bias
 
 
@@ -111,16 +111,16 @@ class BatchNorm(eqx.Module):
         self.use_running_average = False
 
     def tracking(self) -> BatchNorm:
-        """The layer with running statistics, 0 and 1 to start from."""
+        """Return the layer with running statistics, 0 and 1 to start from."""
         start = (jnp.zeros_like(self.shift), jnp.ones_like(self.shift))
         return self._with(start)
 
     def forgetting(self) -> BatchNorm:
-        """The layer without running statistics."""
+        """Return the layer without running statistics."""
         return self._with((None, None))
 
     def __call__(self, x: Float[Array, "n *hw size"]) -> Float[Array, "n *hw size"]:
-        """`γ (x − E x) / √(Var x + ε) + β`, mean and variance over all axes but the last."""
+        """Return `γ (x − E x) / √(Var x + ε) + β`, moments over all axes but the last."""
         if self.use_running_average and self.mean is not None and self.var is not None:
             return self._normalised(x, self.mean, self.var)
         axes = tuple(range(x.ndim - 1))
@@ -152,7 +152,7 @@ class BatchNorm(eqx.Module):
 def max_pool(
     x: Float[Array, "n h w c"], padding: Literal["VALID", "SAME"] = "VALID"
 ) -> Float[Array, "n h2 w2 c"]:
-    """2×2 max pooling with stride 2.
+    """Pool by the maximum of 2×2 pixels, with stride 2.
 
     The elementwise maximum of four strided slices, whose gradient is several times faster on a
     CPU than that of `reduce_window`.

@@ -59,7 +59,7 @@ class MLP(eqx.Module):
         self.context = jnp.zeros(context) if context else None
 
     def __call__(self, x: Float[Array, n * shape]) -> Float[Array, "n out_size"]:
-        """A batch of outputs."""
+        """Return a batch of outputs."""
         x = x.reshape(len(x), -1)
         if self.context is not None:
             rows = jnp.broadcast_to(self.context, (len(x), *self.context.shape))

@@ -43,7 +43,7 @@ class Convolution(eqx.Module):
         self.stride = stride
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
-        """A batch of images."""
+        """Return a batch of images."""
         y = lax.conv_general_dilated(
             x.astype(self.weight.dtype),
             self.weight,
@@ -55,7 +55,7 @@ class Convolution(eqx.Module):
 
 
 def convolve_in(dtype: jax.typing.DTypeLike, model: PyTree) -> PyTree:
-    """The model, every `Convolution` in it computing in that type; other layers keep theirs."""
+    """Return the model with every `Convolution` computing in that type."""
 
     def cast(node: PyTree) -> PyTree:
         if not isinstance(node, Convolution):
@@ -66,7 +66,7 @@ def convolve_in(dtype: jax.typing.DTypeLike, model: PyTree) -> PyTree:
 
 
 def check_image(x: Array, channels: int, least: int) -> None:
-    """Refuse what a network for images of any size cannot be given.
+    """Check images for a network that takes any size.
 
     Raises:
         ValueError: if the channels are others, or a side is smaller than what halving leaves.

@@ -78,12 +78,12 @@ class ResNet12(eqx.Module):
         self.channels = channels
 
     def features(self, x: Float[Array, "n h w c"]) -> Float[Array, "n features"]:
-        """The last block, averaged over the image."""
+        """Return the last block, averaged over the image."""
         check_image(x, self.channels, 2 ** len(self.blocks))
         for block in self.blocks:
             x = block(x)
         return jnp.mean(x, axis=(1, 2))
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n out"]:
-        """A batch of logits."""
+        """Return a batch of logits."""
         return self.head(self.features(x))

@@ -92,7 +92,7 @@ class WideResNet(eqx.Module):
     def features(
         self, x: Float[Array, "n h w c"], layer: int | None = None
     ) -> Float[Array, "n features"]:
-        """The last group, normalised, rectified and averaged over the image.
+        """Return the last group, normalised, rectified and averaged over the image.
 
         Args:
             x: a batch of images.
@@ -115,5 +115,5 @@ class WideResNet(eqx.Module):
         return jnp.mean(jax.nn.relu(self.norm(x)), axis=(1, 2))
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n out"]:
-        """A batch of logits."""
+        """Return a batch of logits."""
         return self.head(self.features(x))

@@ -42,7 +42,7 @@ def from_arrays(
     name: str = "arrays",
     memory_budget: int = MEMORY_BUDGET,
 ) -> Splits:
-    """Episodes of labelled examples.
+    """Return episodes of labelled examples.
 
     | x is | the model is given |
     |---|---|
@@ -102,7 +102,7 @@ def from_arrays(
 
 
 def _from_splits(x: dict[Any, Any]) -> tuple[PyTree, dict[str, dict[str, np.ndarray]]]:
-    """The examples of all splits in one array, and the rows of every class."""
+    """Return the examples of all splits in one array, and the rows of every class."""
     for split, pair in x.items():
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             held = f" of {len(pair)}" if isinstance(pair, list | tuple) else ""
@@ -126,7 +126,7 @@ def _from_splits(x: dict[Any, Any]) -> tuple[PyTree, dict[str, dict[str, np.ndar
 
 
 def _described(inputs: PyTree) -> str:
-    """Names, types and shapes of an example."""
+    """Return names, types and shapes of an example."""
     kinds = {"f": "floats", "b": "booleans", "i": "integers", "u": "unsigned integers"}
     return ", ".join(
         f"{path} {'bytes' if leaf.dtype == np.uint8 else kinds[kept(leaf.dtype).kind]} "
@@ -136,7 +136,7 @@ def _described(inputs: PyTree) -> str:
 
 
 def _pair(what: str, x: PyTree, labels: Any) -> tuple[PyTree, np.ndarray]:
-    """Examples and labels, checked; memory-mapped arrays as they are."""
+    """Return examples and labels, checked; memory-mapped arrays as they are."""
     labels = _labels(what, labels)
     try:
         leaves, structure = jax.tree_util.tree_flatten_with_path(x, is_leaf=_is_array)
@@ -165,7 +165,7 @@ def _pair(what: str, x: PyTree, labels: Any) -> tuple[PyTree, np.ndarray]:
 
 
 def _is_array(value: Any) -> bool:
-    """Whether NumPy is to make one array of it; else it is a pytree of inputs."""
+    """Return whether this is one array, or a pytree of inputs."""
     if isinstance(value, tuple):
         return not any(hasattr(each, "shape") for each in value)
     return isinstance(value, list | str | bytes) or hasattr(value, "__array__")
@@ -213,14 +213,14 @@ def _labels(what: str, labels: Any) -> np.ndarray:
 
 
 def _kind(label: Any) -> str:
-    """What a label is; nothing if it is none, such as what pandas has for missing ones."""
+    """Return the kind of a label, or "" if it is missing, as pandas has it."""
     if isinstance(label, str | bytes):
         return "text" if isinstance(label, str) else "bytes"
     return "integers" if isinstance(label, int | np.integer | np.bool_) else ""
 
 
 def _check_values(what: str, array: np.ndarray) -> None:
-    """Refuse numbers that are not finite or that the device does not hold."""
+    """Raise DataError for numbers that are not finite or that the device does not hold."""
     try:
         to = kept(array.dtype)
     except DataError as error:
@@ -240,7 +240,7 @@ def _check_values(what: str, array: np.ndarray) -> None:
 
 
 def _rows(array: np.ndarray, bad: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """The rows of which something is bad, looked through block by block."""
+    """Return the rows in which something is bad, block by block."""
     size = max(BLOCK // max(array[:1].nbytes, 1), 1)
     found = [np.zeros(0, int)]
     for first in range(0, len(array), size):

@@ -60,7 +60,7 @@ MAX_BYTES = 2**29
 
 
 def load(root: Path) -> Assays:
-    """All assays of all splits.
+    """Return all assays of all splits.
 
     Raises:
         FileNotFoundError: if there are none.
@@ -80,7 +80,7 @@ def load(root: Path) -> Assays:
 
 
 def read_packed(path: Path) -> Assays:
-    """Assays in one npz file, with the fields of `Assays` for arrays; no pickles.
+    """Return assays in one npz file, with the fields of `Assays` for arrays; no pickles.
 
     Raises:
         DataError: if it is broken, or the arrays do not fit one another.
@@ -89,7 +89,7 @@ def read_packed(path: Path) -> Assays:
 
 
 def _checked(arrays: Mapping[str, np.ndarray], path: Path) -> Assays:
-    """Refuse arrays that do not fit one another, splits that are missing or share an assay."""
+    """Check that arrays fit one another, and that all splits are there and share no assay."""
     bits, ends = arrays["fingerprint_bits"], arrays["offsets"]
     names, folds = arrays["task"], arrays["split"]
     sound = (
@@ -120,7 +120,7 @@ def _checked(arrays: Mapping[str, np.ndarray], path: Path) -> Assays:
 
 
 def _release(folder: Path) -> Assays:
-    """FS-Mol's own files, from the cache where they have been read before."""
+    """Return FS-Mol's own files, from the cache where they have been read before."""
     files = {fold: _listed(folder, fold) for fold in FOLDS.values()}
     state = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for of in files.values() for f in of]
     digest = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:24]
@@ -141,7 +141,7 @@ def _release(folder: Path) -> Assays:
 
 
 def _listed(folder: Path, fold: str) -> list[Path]:
-    """The files of a fold, those alone that the list of the release names if it is there."""
+    """Return the files of a fold, those alone that the list of the release names if it is there."""
     found = sorted((folder / fold).glob("*.jsonl.gz"))
     table = folder / "fsmol-0.1.json"
     if not table.is_file():
@@ -159,7 +159,7 @@ def _listed(folder: Path, fold: str) -> list[Path]:
 
 
 def _read_release(files: Mapping[str, Sequence[Path]]) -> dict[str, np.ndarray]:
-    """The arrays of `Assays`."""
+    """Return the arrays of `Assays`."""
     read = [(fold, path, _molecules(path)) for fold, of in files.items() for path in of]
     if not read:
         raise DataError("FS-Mol's folders hold no .jsonl.gz files; fetch it again")
@@ -181,7 +181,7 @@ def _read_release(files: Mapping[str, Sequence[Path]]) -> dict[str, np.ndarray]:
 
 
 def _molecules(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Packed fingerprints, activities and labels of one assay; counts of fragments become bits."""
+    """Return packed fingerprints, activities and labels of one assay."""
     try:
         with gzip.open(path) as file:
             text = file.read(MAX_BYTES + 1)
@@ -211,5 +211,5 @@ def _name(path: Path) -> str:
 
 
 def _number(value: Any) -> float:
-    """A number or the text of one; NaN for nothing."""
+    """Return a number or the text of one; NaN for nothing."""
     return math.nan if value in (None, "") else float(value)

@@ -44,11 +44,11 @@ class Pools(eqx.Module):
     count: Int32[Array, "conjunctions 2 pools"]
 
     def which(self, key: PRNGKeyArray) -> Int32[Array, ""]:
-        """The conjunction that this key names."""
+        """Return the conjunction that this key names."""
         return jax.random.randint(jax.random.split(key)[0], (), 0, len(self.start), jnp.int32)
 
     def plan(self, key: PRNGKeyArray, shot: int, query: int) -> Int32[Array, " images"]:
-        """Rows of the images of one task, `2K + R·2Q`, negatives before positives everywhere.
+        """Return rows of the images of a task, `2K + R·2Q`, negatives before positives everywhere.
 
         The support first, then the queries reading by reading; no query of a reading is in the
         support or occurs twice in the reading.
@@ -67,7 +67,7 @@ def _draw(
     shot: int,
     query: int,
 ) -> tuple[Int32[Array, " shot"], Int32[Array, "readings query"]]:
-    """Places in the table of the support and of the queries of one label."""
+    """Return places in the table of the support and of the queries of one label."""
     for_support, for_queries = jax.random.split(key)
     support = distinct(for_support, shot, count[0])
     taken = jnp.sort(support) - jnp.arange(shot)
@@ -112,7 +112,7 @@ class AttributeTasks(HostTaskDistribution):
 
     @property
     def on_host(self) -> bool:
-        """Whether the bank is on the host."""
+        """Return whether the bank is on the host."""
         return isinstance(self.bank, HostRows)
 
     def plan(self, key: PRNGKeyArray) -> Int32[Array, " images"]:
@@ -182,7 +182,7 @@ def _task(design: Design, images: Shaped[Array, "*lead images side side channels
 
 
 def _readings(conjunction: Sequence[Any]) -> tuple[tuple[Any, ...], ...]:
-    """The conjunctions of two attributes that images of this one are consistent with."""
+    """Return the conjunctions of two attributes that images of this one are consistent with."""
     return tuple(combinations(conjunction, 2))
 
 
@@ -193,7 +193,7 @@ def pools(
     design: Design,
     split: str,
 ) -> tuple[Pools, tuple[Conjunction, ...]]:
-    """The pools of all conjunctions of so many attributes that have enough images.
+    """Return the pools of all conjunctions of so many attributes that have enough images.
 
     Args:
         has: whether an image has an attribute.
@@ -232,7 +232,7 @@ def pools(
 def _parts(
     has: Bool[np.ndarray, "images attributes"], conjunction: tuple[int, ...]
 ) -> list[list[Int32[np.ndarray, " _"]]]:
-    """By label: rows of the core, then the extra rows of each reading."""
+    """Return, by label, rows of the core, then the extra rows of each reading."""
     made = []
     for label in (False, True):
         fits = has == label
@@ -243,7 +243,7 @@ def _parts(
 
 
 def _spare(parts: list[list[Int32[np.ndarray, " _"]]], design: Design) -> int:
-    """Images left where they are fewest; below 0 if a task cannot be made of these."""
+    """Return how many images are left where they are fewest; below 0 if too few for a task."""
     core = [len(side[0]) for side in parts]
     asked = [len(side[0]) + len(extra) for side in parts for extra in side[1:]]
     return min(min(core) - design.shot, min(asked) - design.shot - design.query)
@@ -252,7 +252,7 @@ def _spare(parts: list[list[Int32[np.ndarray, " _"]]], design: Design) -> int:
 def score_readings(
     logits: Float[Array, "*particles n way"], labels: Int[Array, " n"], readings: int = 3
 ) -> dict[str, Float[Array, ""]]:
-    """Scores of M models on an ambiguous task, in the manner of PLATIPUS (Finn et al. 2018).
+    """Return scores of M models on an ambiguous task, in the manner of PLATIPUS (Finn et al. 2018).
 
     Every model is assigned to the reading whose queries it finds most likely.
 

@@ -293,7 +293,7 @@ def settle(
 
 
 def _turned(design: Design) -> int:
-    """How many classes each class makes by rotation."""
+    """Return how many classes each class makes by rotation."""
     return 4 if design.rotations == "classes" else 1
 
 

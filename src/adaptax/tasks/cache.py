@@ -58,7 +58,7 @@ class Cached(NamedTuple):
 
 
 def cache_root() -> Path:
-    """The folder of decoded images: `ADAPTAX_CACHE`, else the user's cache folder."""
+    """Return the folder of decoded images: `ADAPTAX_CACHE`, else the user's cache folder."""
     given = os.environ.get("ADAPTAX_CACHE")
     if given:
         return Path(given).expanduser()
@@ -68,7 +68,7 @@ def cache_root() -> Path:
 
 
 def cached(name: str, key: Sequence[Any], shape: Sequence[int], fill: Fill) -> Cached:
-    """The array that `fill` writes, from the cache where it is there, memory-mapped.
+    """Return the array that `fill` writes, memory-mapped; from the cache if it is there.
 
     Written to a file of its own first, whose room on the disk is reserved before it is mapped (to
     write to a mapped file on a full disk kills the process), and renamed when it is whole: a
@@ -126,7 +126,7 @@ def cached(name: str, key: Sequence[Any], shape: Sequence[int], fill: Fill) -> C
 
 
 def _load(path: Path, shape: tuple[int, ...]) -> Cached | None:
-    """The cached array, or `None` where it is absent or broken and must be built again."""
+    """Return the cached array, or `None` where it is absent or broken and must be built again."""
     try:
         images = np.load(path, mmap_mode="r", allow_pickle=False)
         with np.load(path.with_suffix(".npz"), allow_pickle=False) as beside:
@@ -143,7 +143,7 @@ def _load(path: Path, shape: tuple[int, ...]) -> Cached | None:
 
 
 def _reserved(path: Path, shape: tuple[int, ...]) -> tuple[IO[bytes], Path]:
-    """A new file with the header of an array and room for all of it; where its rows begin."""
+    """Open a new file with the header of an array and room for all of it; return file and path."""
     header = io.BytesIO()
     form = {"descr": "|u1", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, form)
@@ -168,7 +168,7 @@ def _reserved(path: Path, shape: tuple[int, ...]) -> tuple[IO[bytes], Path]:
 
 
 def _reserve(file: IO[bytes], size: int) -> None:
-    """Have the disk hold so many bytes, or raise OSError."""
+    """Reserve so many bytes on the disk, or raise OSError."""
     try:
         os.posix_fallocate(file.fileno(), 0, size)
         return

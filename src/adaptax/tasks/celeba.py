@@ -42,7 +42,7 @@ def celeba(
     seed: int = 0,
     memory_budget: int = MEMORY_BUDGET,
 ) -> Splits:
-    """Attribute tasks of CelebA's faces, x `(n, 84, 84, 3)` in [0, 1], y int32 in {0, 1}.
+    """Return attribute tasks of CelebA's faces, x `(n, 84, 84, 3)` in [0, 1], y int32 in {0, 1}.
 
     Meta-training draws two of its attributes: positives have both, negatives neither. Validation
     and test are ambiguous: the support has three of their attributes, or none, and is judged by
@@ -112,7 +112,7 @@ def celeba(
 def load(
     root: Path, image_size: int = 84, resample: str = "lanczos"
 ) -> tuple[Cached, Bool[np.ndarray, "images attributes"], list[str], list[str]]:
-    """All listed faces, whether they have each attribute, the attributes' names and the files'.
+    """Return all listed faces, whether they have each attribute, and names of attributes and files.
 
     Raises:
         FileNotFoundError: if the images or the list are nowhere.
@@ -131,7 +131,7 @@ def load(
 def read_attributes(
     path: Path,
 ) -> tuple[list[str], Bool[np.ndarray, "images attributes"], list[str]]:
-    """File names, whether each image has each attribute, and the attributes' names.
+    """Return file names, whether each image has each attribute, and the attributes' names.
 
     Raises:
         DataError: if it is not the official table: a count, a line of names, and for every image
@@ -154,7 +154,7 @@ def read_attributes(
 
 
 def _find(root: Path) -> tuple[Path, Path]:
-    """The images, and the list of their attributes."""
+    """Return the images, and the list of their attributes."""
     for folder in (root / "celeba", root / "CelebA", root):
         archives = [folder / "img_align_celeba.zip", folder / "img_align_celeba"]
         found, table = first_existing(archives), folder / "list_attr_celeba.txt"
@@ -171,7 +171,7 @@ def _find(root: Path) -> tuple[Path, Path]:
 def _chosen(
     given: Mapping[str, Sequence[str]] | None, names: list[str], seed: int
 ) -> dict[str, list[str]]:
-    """The attributes of every split."""
+    """Return the attributes of every split."""
     if given is None:
         chosen = bank.shuffled(names, seed, ATTRIBUTE_SPLITS)
     else:

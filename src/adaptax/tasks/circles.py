@@ -75,7 +75,7 @@ def circles(
     train_shot: int | None = None,
     train_query: int | None = None,
 ) -> Splits:
-    """Circles known by points inside, generated on the device; see `Circles`.
+    """Return circles known by points inside, generated on the device; see `Circles`.
 
     The splits follow one law; they differ in the stream of keys that `fit` and `evaluate` give
     them.

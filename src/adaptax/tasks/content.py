@@ -16,7 +16,7 @@ Checksums = UInt32[np.ndarray, " n"]
 
 
 def row_checksums(array: Shaped[np.ndarray, "n ..."]) -> Checksums:
-    """CRC-32 of every row."""
+    """Return the CRC-32 of every row."""
     rows = np.ascontiguousarray(array).view(np.ndarray)
     return np.fromiter(map(zlib.crc32, rows), np.uint32, len(rows))
 
@@ -69,5 +69,5 @@ def warn_of_shared(
 
 
 def _equal(array: np.ndarray, rows: Sequence[int], row: int) -> int | None:
-    """The first of these rows that equals another."""
+    """Return the first of these rows that equals another."""
     return next((other for other in rows if np.array_equal(array[other], array[row])), None)

@@ -207,7 +207,7 @@ class _Reader(pickle._Unpickler):
         return _KNOWN[module, name]
 
     def skip_frame(self) -> None:
-        """Frames tell how much to read at once, which changes nothing."""
+        """Pass over a frame, which tells how much to read at once."""
         if int.from_bytes(self.read(8), "little") > self.size:
             raise EOFError("a frame that is longer than the file")
 
@@ -231,7 +231,7 @@ class _Reader(pickle._Unpickler):
             raise ValueError(f"place {max(self.memo)} of a memory of {len(self.memo)}")
 
     def bound_tuple(self) -> None:
-        """Whoever prints or compares a tuple goes through all of it, and calls itself for each."""
+        """Raise if a tuple is too deep or large: to print or compare it goes through all of it."""
         self.stack[-1] = made = _Tuple(self.stack[-1])
         if made.depth > MAX_DEPTH or made.size > self.size:
             raise ValueError("tuples that are nested too deep or multiply")
@@ -308,7 +308,7 @@ class _Pending(np.ndarray):
 
 
 def _checked(shape: Any, dtype: Any, fortran: bool, content: Any) -> tuple[Any, ...]:
-    """The state of an array, of which the content fills the shape."""
+    """Return the state of an array, of which the content fills the shape."""
     if not isinstance(shape, tuple) or not isinstance(dtype, _Dtype):
         raise ValueError("an array without a shape or a type")
     shape = tuple(int(n) for n in shape)

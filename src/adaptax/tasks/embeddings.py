@@ -52,7 +52,7 @@ def embeddings(
     normalise: bool = False,
     memory_budget: int = MEMORY_BUDGET,
 ) -> Splits:
-    """Episodes of the embeddings in a file, x `(n, width)` of length 1.
+    """Return episodes of the embeddings in a file, x `(n, width)` of length 1.
 
     Written by `adaptax embed`, from a pretrained network or from the embeddings that LEO's authors
     released. LEO's paper predicts all images of a class that are not in the support: `query="all"`;
@@ -115,7 +115,7 @@ def embeddings(
 
 
 def width(path: str | os.PathLike) -> int:
-    """Length of the embeddings in a file.
+    """Return the length of the embeddings in a file.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -162,7 +162,7 @@ def write(
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, tuple[Features, Rows]], dict[str, Any]]:
-    """For each split features and class numbers as the file has them, and its metadata.
+    """Return for each split features and class numbers as in the file, and its metadata.
 
     Raises:
         FileNotFoundError: if there is no such file.

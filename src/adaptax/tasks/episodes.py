@@ -222,7 +222,7 @@ class Episodes(HostTaskDistribution):
 
     @property
     def on_host(self) -> bool:
-        """Whether the bank is on the host."""
+        """Return whether the bank is on the host."""
         return isinstance(self.bank, HostRows)
 
     def examples(self, rows: Int[Array | np.ndarray, "*any"]) -> PyTree[Shaped[Any, ...]]:

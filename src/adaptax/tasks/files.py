@@ -33,7 +33,7 @@ class DataError(ValueError):
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or directory of this name, without its path, is hidden from its owner."""
+    """Return whether a file or directory of this name is hidden from its owner."""
     return name.startswith(".") or name.lower() in HIDDEN
 
 
@@ -58,12 +58,12 @@ class Files:
     read: Callable[[str], bytes]
 
     def named(self, name: str) -> str:
-        """A file in a sentence."""
+        """Return the name of a file in a sentence."""
         return f"{shown(self.where)}: {shown(name)}"
 
 
 def data_folder(given: str | os.PathLike | None = None) -> Path:
-    """The folder that holds the data: the argument, else `ADAPTAX_DATA`, else the user's cache.
+    """Return the folder of the data: the argument, else `ADAPTAX_DATA`, else the user's cache.
 
     Raises:
         FileNotFoundError: if a folder was named that does not exist.
@@ -81,13 +81,13 @@ def data_folder(given: str | os.PathLike | None = None) -> Path:
 
 
 def first_existing(candidates: Sequence[Path]) -> Path | None:
-    """The first of these paths that exists."""
+    """Return the first of these paths that exists."""
     return next((path for path in candidates if path.exists()), None)
 
 
 @contextmanager
 def open_files(where: Path, max_member: int | None = None) -> Iterator[Files]:
-    """The files of a folder or zip archive, readable while the context is open.
+    """Return the files of a folder or zip archive, readable while the context is open.
 
     Nothing is extracted to disk, so a hostile archive has no path to escape by; one that tries
     is refused all the same.
@@ -122,7 +122,7 @@ def open_files(where: Path, max_member: int | None = None) -> Iterator[Files]:
 
 
 def find(files: Files, wanted: Sequence[str], table: Path) -> list[str]:
-    """The files that a table lists by their names without paths.
+    """Return the files that a table lists by their names without paths.
 
     Raises:
         DataError: if some are not there, or are there in two folders, or are listed twice.
@@ -152,7 +152,7 @@ def find(files: Files, wanted: Sequence[str], table: Path) -> list[str]:
 
 
 def _folder(where: Path) -> Files:
-    """What a file manager shows below a folder, links followed, every directory once."""
+    """Return what a file manager shows below a folder, links followed, every directory once."""
     found: dict[str, tuple[int, int]] = {}
     seen: dict[str, str] = {}
     again: list[tuple[str, str]] = []
@@ -203,7 +203,7 @@ def _folder(where: Path) -> Files:
 
 
 def _entries(where: Path, name: str) -> list[os.DirEntry[str]]:
-    """What is in a directory, in order, without what is hidden."""
+    """Return what is in a directory, in order, without what is hidden."""
     try:
         with os.scandir(where / name) as entries:
             return sorted((e for e in entries if not is_hidden(e.name)), key=lambda e: e.name)
@@ -221,7 +221,7 @@ def _unlisted(where: Path, name: str, error: OSError) -> DataError:
 def _check_links(
     where: Path, names: Sequence[str], again: list[tuple[str, str]], broken: list[str]
 ) -> None:
-    """Refuse links that lead nowhere, and two ways to the same files."""
+    """Raise DataError for links that lead nowhere, or two ways to the same files."""
     if broken:
         raise DataError(
             f"{shown(where)}: {len(broken)} links lead nowhere, first {shown(min(broken))}; mend "
@@ -237,7 +237,7 @@ def _check_links(
 
 
 def _holds(folder: str, path: str) -> bool:
-    """Whether a real path is that of a folder or of something below it."""
+    """Return whether a real path is that of a folder or of something below it."""
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 

@@ -93,7 +93,7 @@ class FiniteSinusoids(TaskDistribution):
         }
 
     def _own(self, key: PRNGKeyArray) -> PRNGKeyArray:
-        """The key that everything about a task is drawn with."""
+        """Return the key that everything about a task is drawn with."""
         if self.tasks is None:
             return key
         return jax.random.fold_in(jax.random.key(self.seed), self.index(key))
@@ -109,7 +109,7 @@ def finite_sinusoids(
     train_query: int | None = None,
     seed: int = 0,
 ) -> Splits:
-    """Finite sets of sine waves, generated on the device; see `FiniteSinusoids`.
+    """Return finite sets of sine waves, generated on the device; see `FiniteSinusoids`.
 
     The paper has 5 and 10 shots with as many queries, of 100 and of 1000 training tasks.
 

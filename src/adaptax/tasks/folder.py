@@ -38,7 +38,7 @@ def folder(
     min_images: int | None = None,
     memory_budget: int = MEMORY_BUDGET,
 ) -> Splits:
-    """Episodes of the images in a folder, x `(n, image_size, image_size, channels)` in [0, 1].
+    """Return episodes of the images in a folder, x `(n, size, size, channels)` in [0, 1].
 
     Two layouts: `class/image.png`, whose classes are split at random, and
     `train/class/image.png` with `val` and `test` beside it, called by any of their usual names
@@ -134,7 +134,7 @@ def folder(
 
 
 def _leave_out(parts: dict[str, Classes], least: int | None) -> tuple[str, ...]:
-    """Drop the classes with fewer images; their names."""
+    """Drop the classes with fewer images, and return their names."""
     small = [(split, name) for split, classes in parts.items() for name, of in classes.items()
              if len(of) < (least or 0)]  # fmt: skip
     if len(small) == sum(map(len, parts.values())):
@@ -145,7 +145,7 @@ def _leave_out(parts: dict[str, Classes], least: int | None) -> tuple[str, ...]:
 
 
 def _check_beside(parts: dict[str, Classes], need: int, where: str) -> None:
-    """Refuse a few images beside class folders: not a class, as they would be anywhere else."""
+    """Raise DataError for a few images beside class folders, which are no class."""
     for classes in parts.values():
         above = {f for name in classes for f in accumulate(name.split("/")[:-1], posixpath.join)}
         for name in sorted(above & set(classes)):

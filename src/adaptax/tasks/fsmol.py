@@ -123,7 +123,7 @@ def fsmol(
     in_order: bool = True,
     data_root: str | os.PathLike | None = None,
 ) -> Splits:
-    """FS-Mol assays with their given split, x `(n, 2048)` fingerprint bits.
+    """Return FS-Mol assays with their given split, x `(n, 2048)` fingerprint bits.
 
     A task is an assay: `shot` of its molecules to learn from and `query` others to be judged on,
     drawn uniformly. Assays differ in size, tasks do not: in meta-training assays too small for

@@ -50,7 +50,7 @@ def glyphs(
     rotations: tuple[Rotations, Rotations] = ("none", "none"),
     memory_budget: int = MEMORY_BUDGET,
 ) -> Splits:
-    """Episodes of printed characters, x `(n, 28, 28, 1)` in [0, 1] with ink 1.
+    """Return episodes of printed characters, x `(n, 28, 28, 1)` in [0, 1] with ink 1.
 
     A class is a character, its examples are 8 to 16 faces (sans, mono and serif, upright and
     slanted, regular and bold). The splits have no script in common: meta-train are Latin and

@@ -49,17 +49,17 @@ MAX_SIDE = 2**17
 
 
 def is_image(name: str) -> bool:
-    """Whether a file name is that of an image that can be read."""
+    """Return whether a file name is that of an image that can be read."""
     return name.lower().endswith(SUFFIXES)
 
 
 def is_unread(name: str) -> bool:
-    """Whether a file name is that of an image of another format."""
+    """Return whether a file name is that of an image of another format."""
     return name.lower().endswith(UNREAD)
 
 
 def check_format(size: int, channels: int, resample: str) -> None:
-    """Refuse a format that cannot be decoded to.
+    """Check the format that images are decoded to.
 
     Raises:
         DataError: if the size is below 1, or channels or filter are not known.
@@ -75,7 +75,7 @@ def check_format(size: int, channels: int, resample: str) -> None:
 def decode(
     data: bytes, where: str, *, size: int, channels: int, resample: str = "lanczos"
 ) -> UInt8[np.ndarray, "size size channels"]:
-    """One image file as `(size, size, channels)` bytes; other aspects are squeezed to the square.
+    """Decode an image file to `(size, size, channels)` bytes; other aspects are squeezed.
 
     The image is what a viewer shows: turned as its EXIF orientation says, what is transparent
     white, the first frame if there are several. Greys of 16 bits are scaled from their full range,
@@ -95,7 +95,7 @@ def decode(
 def _decode(
     data: bytes, where: str, size: int, channels: int, resample: str
 ) -> tuple[UInt8[np.ndarray, "size size channels"], bool]:
-    """The image, and whether the file has further frames."""
+    """Return the image, and whether the file has further frames."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
@@ -117,7 +117,7 @@ def _decode(
 
 
 def _shown(image: Image.Image, mode: str) -> Image.Image:
-    """The pixels as grey or RGB."""
+    """Return the pixels as grey or RGB."""
     tiles = getattr(image, "tile", None)
     raw = tiles[0][3] if tiles else None
     image.load()
@@ -138,7 +138,7 @@ def _shown(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _grey(image: Image.Image) -> Image.Image:
-    """Greys of more than 8 bits as 8 bits."""
+    """Return greys of more than 8 bits as 8 bits."""
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
     if not np.isfinite(high - low):
@@ -164,7 +164,7 @@ def _is_animated(image: Image.Image) -> bool:
 
 
 def _reason(error: Exception, data: bytes) -> str:
-    """What is wrong with an image, in a few words."""
+    """Return what is wrong with an image, in a few words."""
     if isinstance(error, UnidentifiedImageError):
         return f"not a file of {', '.join(FORMATS)}" if data else "the file is empty"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):

@@ -23,13 +23,13 @@ Classes = dict[str, list[str]]
 
 
 def split_named(folder: str) -> str | None:
-    """The split that a folder of this name is for; `None` for any other name."""
+    """Return the split that a folder of this name is for; `None` for any other name."""
     word = re.sub("[-_. ]|(set|images|data|split)$", "", folder.casefold())
     return next((split for split, words in SPLITS.items() if word in words), None)
 
 
 def arrange(names: Sequence[str], where: str) -> tuple[dict[str, Classes], list[str]]:
-    """The images of every class of every split, and those that lie beside the classes.
+    """Return the images of every class of every split, and those that lie beside the classes.
 
     A class is the directory that holds its images, called by its path. A directory that holds all
     others is looked through, unless it is called as a split is. If any folder on top is called as

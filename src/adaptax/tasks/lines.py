@@ -103,7 +103,7 @@ def sinusoid_or_line(
     train_shot: int | None = None,
     train_query: int | None = None,
 ) -> Splits:
-    """Sine waves and lines under noise, generated on the device; see `SinusoidOrLine`.
+    """Return sine waves and lines under noise, generated on the device; see `SinusoidOrLine`.
 
     The splits follow one law; they differ in the stream of keys that `fit` and `evaluate` give
     them.

@@ -32,7 +32,7 @@ def mini_imagenet(
     normalise: bool = False,
     memory_budget: int = MEMORY_BUDGET,
 ) -> Splits:
-    """miniImageNet episodes, x `(n, 84, 84, 3)` in [0, 1], classes 64 / 16 / 20.
+    """Return miniImageNet episodes, x `(n, 84, 84, 3)` in [0, 1], classes 64 / 16 / 20.
 
     The split is Ravi & Larochelle's, read from their `train.csv`, `val.csv` and `test.csv`
     (`filename,label`); the MAML paper prints 64/12/24, but its code uses these. Nobody may
@@ -87,7 +87,7 @@ def mini_imagenet(
 
 
 def read_csv(path: Path) -> list[tuple[str, str]]:
-    """File names and labels of a split.
+    """Return file names and labels of a split.
 
     Raises:
         DataError: if the file is not UTF-8 or no table with the columns `filename` and `label`, or
@@ -119,7 +119,7 @@ def read_csv(path: Path) -> list[tuple[str, str]]:
 
 
 def _find(root: Path) -> tuple[Path, Path]:
-    """The images, and the folder of the csv files."""
+    """Return the images, and the folder of the csv files."""
     for table in (root / "mini_imagenet", root / "miniImagenet", root):
         found = first_existing([table / "images.zip", table / "images"])
         if found is not None and all((table / f"{split}.csv").is_file() for split in bank.NAMES):

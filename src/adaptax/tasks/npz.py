@@ -17,7 +17,7 @@ MAX_BYTES = 4 * 2**30
 
 
 def read_npz(path: Path, kinds: Mapping[str, str], what: str) -> dict[str, np.ndarray]:
-    """The arrays of an npz file by their names.
+    """Return the arrays of an npz file by their names.
 
     Args:
         path: the file.

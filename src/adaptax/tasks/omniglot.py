@@ -62,7 +62,7 @@ def omniglot(
     seed: int = 1,
     memory_budget: int = MEMORY_BUDGET,
 ) -> Splits:
-    """Omniglot episodes, x `(n, 28, 28, 1)` in [0, 1].
+    """Return Omniglot episodes, x `(n, 28, 28, 1)` in [0, 1].
 
     The characters of both archives are pooled and split at random, as the papers do:
 
@@ -135,7 +135,7 @@ def omniglot(
 def load(
     root: Path, image_size: int = 28, resample: str = "nearest"
 ) -> tuple[Cached, dict[str, np.ndarray], list[str]]:
-    """All drawings, `(32460, image_size, image_size, 1)` bytes, rows of every character, and names.
+    """Return all drawings, `(32460, size, size, 1)` bytes, rows of every character, and names.
 
     Bytes are as in the files: paper is 255, ink is 0. Characters are named
     `"Alphabet/characterNN"`.
@@ -158,7 +158,7 @@ def load(
 
 
 def _find(root: Path, part: str) -> Path:
-    """The archive or extracted folder of a part, downloaded if it is nowhere."""
+    """Return the archive or extracted folder of a part, downloaded if it is nowhere."""
     folder = root / "omniglot"
     names = (f"{part}.zip", part)
     found = first_existing([at / name for at in (folder, root) for name in names])

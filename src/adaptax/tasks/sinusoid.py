@@ -76,7 +76,7 @@ def sinusoid(
     train_shot: int | None = None,
     train_query: int | None = None,
 ) -> Splits:
-    """Sine waves, generated on the device.
+    """Return sine waves, generated on the device.
 
     The splits follow one law; they differ in the stream of keys that `fit` and `evaluate` give
     them.
