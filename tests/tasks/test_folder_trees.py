@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from adaptax.tasks import files, folder
 from adaptax.tasks.layout import split_named
 
-TREES = int(os.environ.get("ADAPTAX_TREES", "100"))
+TREES = int(os.environ.get("ADAPTAX_TREES", "30"))
 SIDE = 4
 ASKED = {"way": 2, "shot": 1, "query": 1, "image_size": SIDE, "splits": (0.4, 0.3, 0.3)}
 LEAST = 2
@@ -264,7 +264,7 @@ SENTENCES = {"twin": "same folder by a link", "splits": "split"}
 @settings(
     max_examples=TREES,
     deadline=None,
-    derandomize=TREES == 100,
+    derandomize=TREES == 30,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(trees())
