@@ -21,7 +21,8 @@ from adaptax.recipes import Experiment
 from adaptax.report import analysis as report
 from adaptax.studies import ARMS, COMBINATIONS, overlap, predicted_coefficients
 from adaptax.studies.gradients import BATCH, overlapping
-from adaptax.studies.taylor import Expansion, Ordered, _orders
+from adaptax.studies.taylor import Expansion, _orders
+from adaptax.task import Frozen
 from adaptax.testing import check_meta_gradient
 
 KEY = jax.random.key(0)
@@ -64,7 +65,7 @@ def inner_gradients(model, batches, rate):
 @pytest.mark.parametrize(("k", "skip"), [(3, 0), (3, 1), (4, 3)])
 def test_reptile_follows_the_gradients_that_count(k, skip):
     batches = waves(k)
-    task = ax.Task(Ordered(batches), jax.tree.map(lambda leaf: leaf[-1], batches))
+    task = ax.Task(Frozen(batches), jax.tree.map(lambda leaf: leaf[-1], batches))
     found = flat(gradient(ax.Reptile(mse, 0.1, k, skip=skip), net(), task)) / 0.1
     expected = sum(inner_gradients(net(), batches, 0.1)[skip:])
     assert np.allclose(found, expected, rtol=1e-9, atol=1e-12)
@@ -76,7 +77,7 @@ def test_the_last_gradient_is_that_of_fomaml(k):
     batches = waves(k)
     last = jax.tree.map(lambda leaf: leaf[-1], batches)
     first = jax.tree.map(lambda leaf: leaf[0], batches)
-    shared = ax.Task(Ordered(batches), last), ax.Reptile(mse, 0.1, k, skip=k - 1)
+    shared = ax.Task(Frozen(batches), last), ax.Reptile(mse, 0.1, k, skip=k - 1)
     separate = ax.Reptile(mse, 0.1, k, skip=k - 1, separate_tail=True)
     for task, reptile in (shared, (ax.Task(first, last), separate)):
         fomaml = flat(gradient(ax.FOMAML(mse, 0.1, k - 1), net(), task))
@@ -94,7 +95,7 @@ def test_a_separate_tail_is_one_more_minibatch():
     meta = plain.init(net(), key=KEY)
     assert np.allclose(
         flat(gradient(tail, meta, ax.Task(first, last))),
-        flat(gradient(plain, meta, ax.Task(Ordered(order), last))),
+        flat(gradient(plain, meta, ax.Task(Frozen(order), last))),
         rtol=1e-12, atol=1e-15,
     )  # fmt: skip
 

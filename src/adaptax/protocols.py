@@ -110,6 +110,16 @@ class Listed(Protocol):
 
 
 @runtime_checkable
+class Stepping(Protocol):
+    """A learner that adapts by steps, as many in meta-training as it says."""
+
+    @property
+    def inner_steps(self) -> int:
+        """Steps of the inner loop."""
+        ...
+
+
+@runtime_checkable
 class Rated(Protocol):
     """A learner that adapts by gradient descent, whose rate may be replaced.
 
@@ -118,3 +128,18 @@ class Rated(Protocol):
 
     inner_lr: Any
     inner_optimizer: Any
+
+
+@runtime_checkable
+class Members(Protocol):
+    """A learner of several policies that can be trained one at a time."""
+
+    def member(self, meta: Any, m: Array, rolled_out: Any) -> tuple[Any, PyTree, Any]:
+        """A learner of policy `m` alone, its meta-parameters, and what it learns from.
+
+        Args:
+            meta: all policies.
+            m: which of them.
+            rolled_out: the supports of tasks as they were rolled out, `(tasks, steps, m, …)`.
+        """
+        ...

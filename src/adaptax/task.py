@@ -90,6 +90,26 @@ class Minibatches(eqx.Module):
         return jax.tree.map(lambda a: a[rows], self.batch)
 
 
+class Frozen(eqx.Module):
+    """A source that answers at each inner step with the batch that was drawn for it.
+
+    Args:
+        batches: a `Batch` whose arrays lead with an axis of inner steps.
+        step: which of them `draw` answers with.
+    """
+
+    batches: Batch
+    step: int | Int[Array, ""] = 0
+
+    def at(self, step: int | Int[Array, ""]) -> Frozen:
+        """The same batches at another step."""
+        return Frozen(self.batches, step)
+
+    def draw(self, model: Model, key: PRNGKeyArray) -> Batch:
+        """The batch of this step, whatever the model."""
+        return jax.tree.map(lambda leaf: leaf[self.step], self.batches)
+
+
 class Task(eqx.Module):
     """One task: learn from `support`, be judged on `query`.
 

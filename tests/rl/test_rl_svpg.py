@@ -11,7 +11,6 @@ from test_rl_rollout import policy_for
 
 import adaptax as ax
 from adaptax import rl
-from adaptax.rl.policies import Laws
 
 KEY = jax.random.key(0)
 ENV = rl.Navigation()
@@ -177,7 +176,7 @@ def test_laws_of_several(discrete):
         return eqx.filter_vmap(rl.Gaussian)(rows, jnp.array([[0.1] * 4, [0.5] * 4]))
 
     ours, theirs = law(KEY), law(jax.random.key(1))
-    laws, others = Laws(ours), Laws(theirs)
+    laws, others = rl.Laws(ours), rl.Laws(theirs)
     assert (laws.discrete, laws.action_size) == (discrete, 4)
     actions = laws.sample(KEY)
     logs, kl, entropy = laws.log_prob(actions), laws.kl(others), laws.entropy()

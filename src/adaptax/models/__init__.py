@@ -3,6 +3,7 @@
 from .conv4 import CONV4, Conv4
 from .layers import BatchNorm, Conv2d, Linear, max_pool
 from .mlp import MLP
+from .policies import CategoricalMLP, GaussianMLP
 from .resnet12 import ResNet12
 from .wide_resnet import WideResNet
 
@@ -10,8 +11,10 @@ __all__ = [
     "CONV4",
     "MLP",
     "BatchNorm",
+    "CategoricalMLP",
     "Conv2d",
     "Conv4",
+    "GaussianMLP",
     "Linear",
     "ResNet12",
     "WideResNet",

@@ -10,24 +10,45 @@ The learners are those of supervised learning, unchanged: a task's support and q
 roll-outs of the policy they are handed, where elsewhere they answer with data.
 """
 
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+from ..distributions import Categorical, Gaussian, StackedDistribution
 from ..engine.evaluate import Evaluator, evaluate
 from ..engine.report import Report as Returns
+from ..task import Frozen
 from .advantages import discounted, gae, masked_mean, standardise
 from .bandit import Bandit, GaussianBandit
 from .baseline import features, fitted_values
 from .environment import Environment
 from .families import ant, bandit, half_cheetah, navigation, splits, tabular_mdp
-from .frozen import Collected, Frozen, adapt, collect
+from .frozen import Collected, adapt, collect
 from .hosted import Gymnasium
 from .locomotion import Locomotion
 from .navigation import Navigation
 from .objectives import OBJECTIVES, dice, importance, log_prob, lvc
-from .policies import Categorical, CategoricalMLP, Gaussian, GaussianMLP, Laws, Policies
+from .outer import OnRollOuts
+from .particles import ParticleTRPO
 from .ppo import PPO
 from .rollout import RollOut, Steps, Tasks
-from .svpg import CODE_KERNEL, KERNELS, BayesianMAML, ParticleTRPO
 from .tabular import TabularMDP
 from .trpo import TRPO, conjugate_gradient, line_search, natural_step
+
+if TYPE_CHECKING:
+    from ..algorithms.svpg import CODE_KERNEL, KERNELS, BayesianMAML, Policies
+    from ..models.policies import CategoricalMLP, GaussianMLP
+
+Laws = StackedDistribution
+
+# An algorithm and networks, of rooms that nothing here imports: by their names alone.
+__getattr__, _, _ = lazy_loader.attach(
+    "adaptax",
+    submod_attrs={
+        "algorithms.svpg": ["CODE_KERNEL", "KERNELS", "BayesianMAML", "Policies"],
+        "models.policies": ["CategoricalMLP", "GaussianMLP"],
+    },
+)
 
 __all__ = [
     "CODE_KERNEL",
@@ -50,10 +71,12 @@ __all__ = [
     "Laws",
     "Locomotion",
     "Navigation",
+    "OnRollOuts",
     "ParticleTRPO",
     "Policies",
     "Returns",
     "RollOut",
+    "StackedDistribution",
     "Steps",
     "TabularMDP",
     "Tasks",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -18,22 +20,14 @@ class Bandit(eqx.Module):
         arms: how many.
     """
 
+    observation_size: ClassVar[int] = 1
+    discrete: ClassVar[bool] = True
     arms: int = eqx.field(static=True, default=5)
-
-    @property
-    def observation_size(self) -> int:
-        """One, always 1."""
-        return 1
 
     @property
     def action_size(self) -> int:
         """The arms."""
         return self.arms
-
-    @property
-    def discrete(self) -> bool:
-        """An action is an arm."""
-        return True
 
     def sample_task(self, key: PRNGKeyArray) -> Float[Array, " arms"]:
         """The probability that each arm pays."""
@@ -51,7 +45,7 @@ class Bandit(eqx.Module):
         return state, jnp.where(paid, 1.0, 0.0), jnp.array(False)
 
     def observe(self, state: Float[Array, " arms"]) -> Float[Array, 1]:
-        """Nothing to see."""
+        """Constant observation."""
         return jnp.ones(1)
 
 
@@ -62,20 +56,9 @@ class GaussianBandit(eqx.Module):
     `J'' = −2`: what estimators of gradient and curvature are to be compared with.
     """
 
-    @property
-    def observation_size(self) -> int:
-        """One, always 1."""
-        return 1
-
-    @property
-    def action_size(self) -> int:
-        """A number."""
-        return 1
-
-    @property
-    def discrete(self) -> bool:
-        """Actions are vectors."""
-        return False
+    observation_size: ClassVar[int] = 1
+    action_size: ClassVar[int] = 1
+    discrete: ClassVar[bool] = False
 
     def sample_task(self, key: PRNGKeyArray) -> Float[Array, ""]:
         """g."""
@@ -92,5 +75,5 @@ class GaussianBandit(eqx.Module):
         return state, -jnp.sum((action - state) ** 2), jnp.array(True)
 
     def observe(self, state: Float[Array, ""]) -> Float[Array, 1]:
-        """Nothing to see."""
+        """Constant observation."""
         return jnp.ones(1)

@@ -5,32 +5,13 @@ from __future__ import annotations
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Key, PRNGKeyArray, PyTree
+from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
 from .. import inner, roles, tree
 from ..engine.mapping import Mapping, chunk_size
 from ..learner import Meta, MetaLearner
-from ..task import Batch, Model, Source, Task
-
-
-class Frozen(eqx.Module):
-    """A source that answers at each inner step with the batch that was drawn for it.
-
-    Args:
-        batches: a `Batch` whose arrays lead with an axis of inner steps.
-        step: which of them `draw` answers with.
-    """
-
-    batches: Batch
-    step: int | Int[Array, ""] = 0
-
-    def at(self, step: int | Int[Array, ""]) -> Frozen:
-        """The same batches at another step."""
-        return Frozen(self.batches, step)
-
-    def draw(self, model: Model, key: PRNGKeyArray) -> Batch:
-        """The batch of this step, whatever the model."""
-        return jax.tree.map(lambda leaf: leaf[self.step], self.batches)
+from ..protocols import Stepping, Stepwise
+from ..task import Batch, Frozen, Model, Source, Task
 
 
 class Collected(eqx.Module):
@@ -65,7 +46,7 @@ def collect(
     adapt_key, query_key, *keys = jax.random.split(key, 2 + max(steps, 1))
     source = task.support
     # One that answers with what was rolled out before answers step by step.
-    at = source.at if hasattr(source, "at") else lambda step: source
+    at = source.at if isinstance(source, Stepwise) else lambda step: source
     policy = _after(learner, meta, source, adapt_key, 0)
     batches: list[Batch] = []
     for i, draw_key in enumerate(keys):
@@ -100,7 +81,7 @@ def inner_steps(learner: MetaLearner) -> int:
     Raises:
         ValueError: for a learner that has no such number.
     """
-    steps = getattr(learner, "inner_steps", None)
+    steps = learner.inner_steps if isinstance(learner, Stepping) else None
     if not isinstance(steps, int):
         raise ValueError(
             f"{type(learner).__name__} has no inner_steps, which an outer step on roll-outs needs "

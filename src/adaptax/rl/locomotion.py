@@ -6,7 +6,7 @@ import contextlib
 import functools
 import io
 import warnings
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import equinox as eqx
 import jax
@@ -81,6 +81,7 @@ class Locomotion(eqx.Module):
         ValueError: for a robot, goal or backend that is not known.
     """
 
+    discrete: ClassVar[bool] = False
     robot: Literal["half-cheetah", "ant"] = eqx.field(static=True, default="half-cheetah")
     goal: Goal = eqx.field(static=True, default="velocity")
     backend: Backend = eqx.field(static=True, default="spring")
@@ -104,11 +105,6 @@ class Locomotion(eqx.Module):
     def action_size(self) -> int:
         """The motors."""
         return self._simulator.action_size
-
-    @property
-    def discrete(self) -> bool:
-        """Actions are vectors."""
-        return False
 
     def sample_task(self, key: PRNGKeyArray) -> Float[Array, ""]:
         """A velocity, or a sign, each as likely."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -43,6 +45,8 @@ class Navigation(eqx.Module):
             action is a velocity.
     """
 
+    action_size: ClassVar[int] = 2
+    discrete: ClassVar[bool] = False
     reward: str = eqx.field(static=True, default="distance")
     see_goal: bool = eqx.field(static=True, default=False)
     reach: float = eqx.field(static=True, default=0.5)
@@ -56,16 +60,6 @@ class Navigation(eqx.Module):
     def observation_size(self) -> int:
         """The position; with `see_goal` the goal too."""
         return 4 if self.see_goal else 2
-
-    @property
-    def action_size(self) -> int:
-        """A velocity in the plane."""
-        return 2
-
-    @property
-    def discrete(self) -> bool:
-        """Actions are vectors."""
-        return False
 
     def sample_task(self, key: PRNGKeyArray) -> Float[Array, 2]:
         """A goal."""

@@ -6,19 +6,18 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .. import tree
-from ..engine.mapping import Across, Mapping, over_devices, sum_over, task_count
-from ..learner import Meta, MetaLearner
-from ..task import Batch, Model, Task
+from ..engine.mapping import Across, Mapping, sum_over
+from ..task import Batch, Model
 from .advantages import masked_mean
 from .frozen import adapt, collect_all, returns
 from .objectives import ratio
+from .outer import OnRollOuts
 
 
-class PPO(eqx.Module):
+class PPO(OnRollOuts):
     """The simple outer step: PPO (Schulman et al. 2017, arXiv:1707.06347) on the *post-update*
     policies, as in ProMP (Rothfuss et al. 2019).
 
@@ -62,38 +61,11 @@ class PPO(eqx.Module):
         clipped = jnp.clip(r, 1 - self.clip, 1 + self.clip)
         return -masked_mean(jnp.minimum(r * advantages, clipped * advantages), batch.y.mask)
 
-    def step(
-        self,
-        learner: MetaLearner,
-        meta: Meta,
-        state: PyTree,
-        tasks: Task,
-        *,
-        key: PRNGKeyArray,
-        progress: float | Array,
-        mesh: Mesh | None = None,
-    ) -> tuple[Meta, PyTree, Float[Array, ""], dict[str, Array]]:
-        """New meta-parameters, state, the surrogate before the last epoch, and metrics.
+    def on_device(self, across: Across, common: PyTree, mine: PyTree) -> PyTree:
+        """The step; see `OnRollOuts`. The surrogate is that before the last epoch.
 
         The metrics are the mean returns before and after adaptation.
-
-        Args:
-            learner: any with `inner_steps`.
-            meta: its meta-parameters.
-            state: of `init`.
-            tasks: arrays lead with the task axis.
-            key: of the roll-outs.
-            progress: not used.
-            mesh: of devices to share the tasks among.
         """
-        keys = jax.random.split(key, task_count(tasks))
-        trained, state, value, metrics = over_devices(
-            self._on_device, mesh, (learner, meta, state), (tasks, keys)
-        )
-        return eqx.combine(trained, meta), state, value, metrics
-
-    def _on_device(self, across: Across, common: PyTree, mine: PyTree) -> PyTree:
-        """The step from the tasks of one device, all means taken over those of all."""
         learner, meta, state = common
         trained, fixed = eqx.partition(meta, learner.trained(meta))
         tasks, keys = mine

@@ -169,7 +169,7 @@ class Tasks(TaskDistribution):
         `i`, and so on from the first again.
 
         With two directions to run in, drawn by chance, most meta-batches would want one more
-        often than the other, and a policy that is to be fit for both drifts to and fro.
+        often than the other, and a policy that is to be fit for both oscillates.
         """
         few = self.env.all_tasks if isinstance(self.env, Listed) else None
         if few is None:

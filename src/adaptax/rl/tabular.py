@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -44,6 +46,7 @@ class TabularMDP(eqx.Module):
         actions: how many; 5 in the paper.
     """
 
+    discrete: ClassVar[bool] = True
     states: int = eqx.field(static=True, default=10)
     actions: int = eqx.field(static=True, default=5)
 
@@ -56,11 +59,6 @@ class TabularMDP(eqx.Module):
     def action_size(self) -> int:
         """The actions."""
         return self.actions
-
-    @property
-    def discrete(self) -> bool:
-        """Actions are integers."""
-        return True
 
     def sample_task(self, key: PRNGKeyArray) -> Tables:
         """Transition and reward tables."""

@@ -10,28 +10,19 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Mesh
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .. import roles, tree
-from ..engine.mapping import (
-    Across,
-    Mapping,
-    chunk_size,
-    map_over,
-    over_devices,
-    sum_over,
-    task_count,
-)
-from ..learner import Meta, MetaLearner
+from ..engine.mapping import Across, Mapping, chunk_size, map_over, sum_over
 from ..losses import Loss
-from ..task import Batch, Task
+from ..task import Batch
 from .advantages import masked_mean
 from .frozen import Collected, adapt, collect_all, returns
 from .objectives import importance
+from .outer import OnRollOuts
 
 
-class TRPO(eqx.Module):
+class TRPO(OnRollOuts):
     """The outer step of MAML's reinforcement learning: TRPO (Schulman et al. 2015,
     arXiv:1502.05477) on the *post-update* policies.
 
@@ -87,48 +78,13 @@ class TRPO(eqx.Module):
         if not 0 < self.curvature <= 1:
             raise ValueError(f"curvature is a fraction, above 0 and up to 1, not {self.curvature}")
 
-    def init(self, trained: PyTree) -> PyTree:
-        """Nothing is carried from step to step."""
-        return ()
-
-    def step(
-        self,
-        learner: MetaLearner,
-        meta: Meta,
-        state: PyTree,
-        tasks: Task,
-        *,
-        key: PRNGKeyArray,
-        progress: float | Array,
-        mesh: Mesh | None = None,
-    ) -> tuple[Meta, PyTree, Float[Array, ""], dict[str, Array]]:
-        """New meta-parameters, state, the surrogate at them, and metrics.
+    def on_device(self, across: Across, common: PyTree, mine: PyTree) -> PyTree:
+        """The step; see `OnRollOuts`.
 
         The metrics are the mean returns before and after adaptation, the KL that was accepted,
         and which fraction of the full step (0: none improved).
-
-        Args:
-            learner: any with `inner_steps`.
-            meta: its meta-parameters.
-            state: of `init`.
-            tasks: arrays lead with the task axis.
-            key: of the roll-outs.
-            progress: not used.
-            mesh: of devices to share the tasks among.
         """
-        keys = jax.random.split(key, task_count(tasks))
-        trained, value, metrics = over_devices(self.on_device, mesh, (learner, meta), (tasks, keys))
-        return eqx.combine(trained, meta), state, value, metrics
-
-    def on_device(self, across: Across, common: PyTree, mine: PyTree) -> PyTree:
-        """The step, as `adaptax.engine.mapping.over_devices` calls it on each device.
-
-        Args:
-            across: averages over devices.
-            common: learner and meta-parameters.
-            mine: this device's tasks, and a key for each.
-        """
-        learner, meta = common
+        learner, meta, state = common
         trained, fixed = eqx.partition(meta, learner.trained(meta))
         theta, flat_to_tree = ravel_pytree(jax.tree.map(tree.wide, trained))
         unravel = lambda theta: tree.in_types_of(trained, flat_to_tree(theta))  # noqa: E731
@@ -190,7 +146,7 @@ class TRPO(eqx.Module):
         )  # fmt: skip
         metrics = {"kl": kl, "step_fraction": fraction, "gradient_norm": jnp.linalg.norm(gradient)}
         metrics |= across(returns(eqx.combine(rolled_out, rest)))
-        return unravel(theta), value, metrics
+        return unravel(theta), state, value, metrics
 
 
 def _thinned(rolled_out: Collected, fraction: float) -> Collected:

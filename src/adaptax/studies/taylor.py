@@ -21,30 +21,10 @@ from ..algorithms.reptile import Reptile
 from ..engine import feed
 from ..engine.mapping import meta_value_and_grad
 from ..learner import MetaLearner
-from ..task import Batch, Minibatches, Model, Task, TaskDistribution
+from ..task import Batch, Frozen, Minibatches, Model, Task, TaskDistribution
 
 RATES = (8e-4, 4e-4, 2e-4, 1e-4)
 """Inner step sizes of an expansion, unless others are given."""
-
-
-class Ordered(eqx.Module):
-    """A source of given minibatches: the i-th at inner step i.
-
-    Args:
-        batches: the minibatches, `(n, size, ...)`.
-        step: which of them `draw` answers with.
-    """
-
-    batches: Batch
-    step: int | Int[Array, ""] = 0
-
-    def at(self, step: int | Int[Array, ""]) -> Ordered:
-        """The same minibatches at another step."""
-        return Ordered(self.batches, step)
-
-    def draw(self, model: Model, key: PRNGKeyArray) -> Batch:
-        """The minibatch of this step; `key` is not used."""
-        return jax.tree.map(lambda leaf: leaf[self.step], self.batches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,7 +246,7 @@ def _measure(
         pairs = max(n * (n - 1), 1)
         orders = _orders(n, orderings, order_key)
         sets = jax.tree.map(lambda leaf: leaf[orders], batches)
-        ordered = Task(Ordered(sets), jax.tree.map(lambda leaf: leaf[:, -1], sets))
+        ordered = Task(Frozen(sets), jax.tree.map(lambda leaf: leaf[:, -1], sets))
 
         def meta_gradient(rate: Float[Array, ""]) -> Float[Array, " p"]:
             tried = eqx.tree_at(lambda learner: learner.inner_lr, learner, rate)

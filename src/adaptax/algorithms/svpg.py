@@ -3,6 +3,7 @@ policy gradients (SVPG; Liu et al. 2017, arXiv:1704.02399) in the inner loop."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY
 from typing import Any
 
@@ -10,19 +11,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .. import inner, svgd, tree
-from ..algorithms import particles
-from ..algorithms.maml import MAML
-from ..engine.mapping import Across, over_devices, task_count
+from ..distributions import StackedDistribution
 from ..learner import Ensemble, Meta, MetaLearner
 from ..losses import Loss
 from ..task import Batch, Model, Source, Task
-from .frozen import collect_all
-from .policies import Policies
-from .trpo import TRPO
+from . import particles
+from .maml import MAML
 
 CODE_KERNEL: svgd.Kernel = svgd.RBF("mean-distance-plus")
 """The kernel of BMAML's code for reinforcement learning: `exp(−d²/2h²)`,
@@ -35,6 +32,42 @@ KERNELS: dict[str, svgd.Kernel | None] = {
     "none": None,
 }
 """Kernels of SVPG by name; with none, policies are independent."""
+
+
+class Policies(eqx.Module):
+    """M policies of one structure, each acting in roll-outs of its own.
+
+    A `RollOut` answers them with a batch whose arrays lead with an axis of M: trajectories,
+    baseline and advantages of each. So `policies.map(loss, batch)` are the losses of each.
+
+    Args:
+        models: a policy whose arrays lead with an axis of M.
+    """
+
+    models: Model
+
+    def __call__(self, x: Float[Array, "m ... observation_size"]) -> StackedDistribution:
+        """Return the distribution of each policy for its own observations."""
+        return StackedDistribution(self.map(lambda model, x: model(x), x))
+
+    def map(self, function: Callable[..., PyTree], *more: PyTree) -> PyTree:
+        """The function of every policy, results leading with an axis of M.
+
+        Args:
+            function: of a policy, and of its part of `more`.
+            more: arrays that lead with that axis, too.
+        """
+        return self.ensemble.map(function, *more)
+
+    @property
+    def particles(self) -> int:
+        """Number of policies."""
+        return self.ensemble.particles
+
+    @property
+    def ensemble(self) -> Ensemble:
+        """The same policies, all of which see the same observations."""
+        return Ensemble(self.models)
 
 
 class BayesianMAML(MetaLearner):
@@ -162,6 +195,28 @@ class BayesianMAML(MetaLearner):
         leaders = self._descend(goals, task.query, query_key, self.leader_steps).model
         return _distance(adapted, inner.stop(leaders))
 
+    def member(
+        self, meta: Policies, m: Array, rolled_out: Source
+    ) -> tuple[MetaLearner, Model, Source]:
+        """A learner of one policy alone, the others held where they are; see
+        `adaptax.rl.ParticleTRPO`.
+
+        Args:
+            meta: all policies.
+            m: which of them.
+            rolled_out: the supports of tasks as they were rolled out, `(tasks, steps, m, …)`.
+
+        Returns:
+            The learner, its meta-parameters, and what it learns from.
+        """
+        only = lambda leaf: leaf[m] if eqx.is_array(leaf) else leaf  # noqa: E731
+        one, how = jax.tree.map(only, meta.models), dict[str, Any](train_only=self.train_only)
+        if self.kernel is not None:  # which lets each see the others
+            return _Member(self.loss, self, meta, m, **how), one, rolled_out
+        mine = lambda leaf: leaf[:, :, m] if eqx.is_array(leaf) else leaf  # noqa: E731
+        alone = MAML(self.loss, self.inner_lr, self.inner_steps, **how)
+        return alone, one, jax.tree.map(mine, rolled_out)
+
     def describe(self) -> dict[str, Any]:
         """Name, objective, particles, steps, rate, and what is averaged."""
         return {
@@ -193,86 +248,6 @@ class BayesianMAML(MetaLearner):
         """`−Σ_m log p(θ^m)`, whose gradient is that of each policy."""
         total = jnp.sum(policies.map(self.loss, batch))
         return total if self.kernel is None else total / self.temperature
-
-
-class ParticleTRPO(eqx.Module):
-    """TRPO on each policy of `BayesianMAML` by itself, the others held where they are.
-
-    All policies are rolled out together; then every one takes the step of `TRPO` on its own
-    adapted policy: its own surrogate, trust region and line search, as a function of its own
-    initial parameters. As `fit(..., outer=ParticleTRPO())`.
-
-    With SVPG a policy's adaptation depends on where the others are, whose own adaptation is
-    computed once more for each: time grows with M². `outer=TRPO()` takes the gradient of the mean
-    over policies with respect to all of them, in one trust region, in time proportional to M.
-
-    Paper and code. The code steps one policy after another, each seeing those that have already
-    moved. Here all see the same, and their order does not matter.
-
-    Args:
-        trpo: the step of each.
-    """
-
-    trpo: TRPO = TRPO()
-
-    def init(self, trained: Any) -> Any:
-        """Nothing is carried from step to step."""
-        return ()
-
-    def step(
-        self,
-        learner: MetaLearner,
-        meta: Meta,
-        state: Any,
-        tasks: Task,
-        *,
-        key: PRNGKeyArray,
-        progress: float | Array,
-        mesh: Mesh | None = None,
-    ) -> tuple[Meta, Any, Float[Array, ""], dict[str, Array]]:
-        """New policies, state, the mean surrogate, and the means of the metrics of `TRPO`.
-
-        Args:
-            learner: a `BayesianMAML` of this module.
-            meta: its policies.
-            state: of `init`.
-            tasks: arrays lead with the task axis.
-            key: of the roll-outs.
-            progress: not used.
-            mesh: of devices to share the tasks among.
-        """
-        if not isinstance(learner, BayesianMAML):
-            raise ValueError(
-                "ParticleTRPO steps the policies of adaptax.rl.BayesianMAML; for those of "
-                f"{type(learner).__name__} take TRPO"
-            )
-        keys = jax.random.split(key, task_count(tasks))
-        new, value, metrics = over_devices(self._on_device, mesh, (learner, meta), (tasks, keys))
-        return eqx.combine(new, meta), state, value, metrics
-
-    def _on_device(self, across: Across, common: Any, mine: Any) -> Any:
-        """The steps from the tasks of one device, all means taken over those of all."""
-        (learner, meta), (tasks, keys) = common, mine
-        found = collect_all(learner, meta, tasks, keys, self.trpo.mapping)
-        arrays, rest = eqx.partition(meta.models, eqx.is_array)
-        how = {"train_only": learner.train_only}
-
-        def improve(m: Array) -> tuple[Any, Array, dict[str, Array]]:
-            one = eqx.combine(jax.tree.map(lambda leaf: leaf[m], arrays), rest)
-            # A task answers with what was rolled out: (tasks, steps, m, …) and (tasks, m, …).
-            support, query = found.support, jax.tree.map(lambda leaf: leaf[:, m], found.query)
-            member: MetaLearner
-            if learner.kernel is None:
-                support = jax.tree.map(
-                    lambda leaf: leaf[:, :, m] if eqx.is_array(leaf) else leaf, support
-                )
-                member = MAML(learner.loss, learner.inner_lr, learner.inner_steps, **how)
-            else:
-                member = _Member(learner.loss, learner, meta, m, **how)
-            return self.trpo.on_device(across, (member, one), (Task(support, query), keys))
-
-        new, values, metrics = jax.lax.map(improve, jnp.arange(learner.particles))
-        return Policies(new), jnp.mean(values), jax.tree.map(jnp.mean, metrics)
 
 
 class _Member(MetaLearner):
