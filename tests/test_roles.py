@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import adaptax as ax
 from adaptax import roles, tree
 from adaptax.engine.mapping import local_mesh
-from adaptax.engine.train import initial_state
+from adaptax.engine.state import initial_state
 from learners import LEARNERS
 
 KEY = jax.random.key(0)

@@ -34,7 +34,8 @@ from .engine.predict import predict
 from .engine.pretrain import Pretraining, extract, pretrain
 from .engine.report import Report
 from .engine.run import Run
-from .engine.train import Outer, Result, TrainingDiverged, fit
+from .engine.steps import Outer
+from .engine.train import Result, TrainingDiverged, fit
 from .io import load, save
 from .learner import Batched, Ensemble, Functional, MetaLearner
 from .losses import Loss

@@ -23,7 +23,9 @@ from ..algorithms.leo import LEORegression
 from ..engine.evaluate import ACTING, PREDICTING, Evaluator
 from ..engine.report import Report
 from ..engine.run import Run
-from ..engine.train import Outer, Result, best_of, fit, initial_state
+from ..engine.state import best_of, initial_state
+from ..engine.steps import Outer
+from ..engine.train import Result, fit
 from ..learner import Meta, MetaLearner
 from ..losses import Loss
 from ..task import Model, Source, Splits, TaskDistribution
