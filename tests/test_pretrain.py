@@ -15,7 +15,9 @@ from jax.flatten_util import ravel_pytree
 import adaptax as ax
 from adaptax import batch_norm, tree
 from adaptax.engine.augment import Augmentation
-from adaptax.engine.pretrain import _Order, check_train, extract, pretrain, restore, step_count
+from adaptax.engine.classifier import Order
+from adaptax.engine.extract import extract
+from adaptax.engine.pretrain import check_train, pretrain, restore, step_count
 from adaptax.engine.run import Run
 from adaptax.models import Conv4, WideResNet
 from adaptax.tasks import from_arrays
@@ -64,7 +66,7 @@ def test_it_learns_and_reports(whole):
     assert result.history[-1]["loss"] < result.history[0]["loss"]
     # By hand: the images that are held out, by running statistics.
     images = splits().train
-    order = _Order(np.asarray(jax.random.key_data(jax.random.split(KEY)[0])), images, 0.25, 9)
+    order = Order(np.asarray(jax.random.key_data(jax.random.split(KEY)[0])), images, 0.25, 9)
     still = eqx.filter_jit(batch_norm.use_running_average(result.model))
     said = still(jnp.asarray(images.bank[order.held]) / 255).argmax(axis=-1)
     accuracy = float(np.mean(np.asarray(said) == order.labels[order.held]))
@@ -123,7 +125,7 @@ def test_steps_are_nesterovs_with_decay():
     images = splits().train
     how = {**HOW, "epochs": 1, "rate": 0.05, "momentum": 0.8, "weight_decay": 0.01}
     result = pretrain(network(), images, **how)
-    order = _Order(np.asarray(jax.random.key_data(jax.random.split(KEY)[0])), images, 0.25, 9)
+    order = Order(np.asarray(jax.random.key_data(jax.random.split(KEY)[0])), images, 0.25, 9)
     model = batch_norm.track(network())
     weights = {path: leaf for path, leaf in tree.by_path(eqx.filter(model, eqx.is_array)).items()}
     statistics = batch_norm.statistics(model)
@@ -156,7 +158,7 @@ def test_steps_are_nesterovs_with_decay():
 
 def test_each_image_is_seen_once_an_epoch_and_held_out_ones_never():
     images = splits().train
-    order = _Order(np.array([1, 2]), images, 0.25, 9)
+    order = Order(np.array([1, 2]), images, 0.25, 9)
     assert [len(part) for part in (order.held, order.train)] == [9, 27]
     assert np.bincount(order.labels[order.held]).tolist() == [3, 3, 3]
     epochs = [order.rows(3 * e, 3 * e + 3) for e in range(3)]
@@ -165,7 +167,7 @@ def test_each_image_is_seen_once_an_epoch_and_held_out_ones_never():
     assert not np.array_equal(epochs[0], epochs[1])
     np.testing.assert_array_equal(order.rows(2, 8), np.concatenate(epochs)[2:8])
     assert step_count(images, 7, 9, 0.25) == 21
-    assert len(_Order(np.array([1]), images, 0.99, 2).train) == 3  # one of each class remains
+    assert len(Order(np.array([1]), images, 0.99, 2).train) == 3  # one of each class remains
 
 
 def test_only_the_train_split_is_taken(monkeypatch):

@@ -9,8 +9,9 @@ from jax import lax
 
 from adaptax import batch_norm, tree
 from adaptax.conv import fast
+from adaptax.engine.classifier import computing_in
 from adaptax.models import ResNet12, WideResNet
-from adaptax.models.residual import Convolution, convolve_in
+from adaptax.models.residual import Convolution
 
 KEY = jax.random.key(0)
 SMALL = {
@@ -131,7 +132,7 @@ def test_layer_21_of_leo_exists():
 
 
 def test_half_precision_is_of_the_convolutions_alone(network):
-    half = convolve_in(jnp.bfloat16, network)
+    half = computing_in(jnp.bfloat16, network)
     kinds = {path: leaf.dtype for path, leaf in tree.by_path(half).items() if eqx.is_array(leaf)}
     assert {path.rsplit("/", 1)[1] for path, kind in kinds.items() if kind == jnp.bfloat16} == {
         "weight"

@@ -29,9 +29,10 @@ from .algorithms.platipus import PLATIPUS, ProbabilisticMAML
 from .algorithms.reptile import Reptile
 from .engine.augment import Augmentation
 from .engine.evaluate import Evaluator, evaluate
+from .engine.extract import extract
 from .engine.mapping import meta_value_and_grad
 from .engine.predict import predict
-from .engine.pretrain import Pretraining, extract, pretrain
+from .engine.pretrain import Pretraining, pretrain
 from .engine.report import Report
 from .engine.run import Run
 from .engine.steps import Outer

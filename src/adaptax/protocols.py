@@ -55,6 +55,34 @@ class Extractor(Protocol):
 
 
 @runtime_checkable
+class Casting(Protocol):
+    """A layer that may compute in another precision, as the residual networks' convolutions do."""
+
+    def computing_in(self, dtype: Any) -> Any:
+        """The layer, computing in this type what it takes and gives in its own."""
+        ...
+
+
+@runtime_checkable
+class Images(Protocol):
+    """Tasks of a bank of classified examples, such as the episodes of `adaptax.tasks`."""
+
+    bank: Any
+    classes: Any
+    count: Any
+    design: Any
+    on_host: bool
+    split: str
+
+    def examples(self, rows: Any) -> PyTree:
+        """Examples by their rows of the bank, of which `design.inputs` makes inputs.
+
+        The bank has `count` rows of each of the `classes`, one class after another.
+        """
+        ...
+
+
+@runtime_checkable
 class Scoring(Protocol):
     """Tasks with metrics of their own, such as the readings of ambiguous ones."""
 

@@ -15,8 +15,9 @@ import numpy as np
 
 from .. import models, report, tasks
 from ..engine.augment import Augmentation
+from ..engine.extract import extract, pixels_of
 from ..engine.fingerprint import fingerprint
-from ..engine.pretrain import Pretraining, check_train, extract, pixels_of, restore, step_count
+from ..engine.pretrain import Pretraining, check_train, restore, step_count
 from ..engine.pretrain import pretrain as train_classifier
 from ..engine.run import Run, differences
 from ..process import Interrupted

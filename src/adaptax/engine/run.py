@@ -256,6 +256,18 @@ def as_run(run: Run | str | os.PathLike[str] | None) -> Run | None:
     return run if run is None or isinstance(run, Run) else Run(run)
 
 
+def opened(run: Run | str | os.PathLike[str] | None, resume: Resume) -> tuple[Run | None, Facts]:
+    """The run, if there is one, and the facts of what is to be resumed.
+
+    Raises:
+        ValueError: if there is to be one and is none; and as `Run.recorded`.
+    """
+    if resume and run is None:
+        raise ValueError(f"resume={resume!r} wants run=, the folder of the run to continue")
+    run = as_run(run)
+    return run, {} if run is None else run.recorded(resume)
+
+
 def lets_go(function: Callable[Arguments, Value]) -> Callable[Arguments, Value]:
     """Decorate what works on its argument `run`: a folder that it took hold of is let go."""
 

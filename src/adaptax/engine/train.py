@@ -27,7 +27,7 @@ from .evaluate import Evaluator
 from .fingerprint import fingerprint, made_by, settings
 from .loop import Loop, Means, averages
 from .mapping import Mapping, everywhere, local_mesh, with_fast_path
-from .run import Facts, Resume, Run, as_run, lets_go
+from .run import Facts, Resume, Run, lets_go, opened
 from .state import State, best_of, initial_state, reselect, select, shaped
 from .steps import Outer, is_heavy, meta_steps
 
@@ -139,10 +139,7 @@ def fit(
     check_not_forked()
     if isinstance(tasks, Splits) or isinstance(validate, Splits):
         raise ValueError("fit was given all splits of the tasks; give it tasks.train and tasks.val")
-    if resume and run is None:
-        raise ValueError(f"resume={resume!r} wants run=, the folder of the run to continue")
-    run = as_run(run)
-    recorded = {} if run is None else run.recorded(resume)
+    run, recorded = opened(run, resume)
     before = recorded.get("plan", {})
     chunk, devices = chunk or before.get("chunk"), devices or before.get("devices")
     _check_counts(steps=steps, meta_batch=meta_batch, keep=keep, chunk=chunk, patience=patience,

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 from jax import lax
 from jax.nn import initializers
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray
 
 _HE = initializers.he_normal()
 
@@ -53,16 +53,9 @@ class Convolution(eqx.Module):
         )
         return y.astype(x.dtype)
 
-
-def convolve_in(dtype: jax.typing.DTypeLike, model: PyTree) -> PyTree:
-    """Return the model with every `Convolution` computing in that type."""
-
-    def cast(node: PyTree) -> PyTree:
-        if not isinstance(node, Convolution):
-            return node
-        return eqx.tree_at(lambda layer: layer.weight, node, node.weight.astype(dtype))
-
-    return jax.tree.map(cast, model, is_leaf=lambda node: isinstance(node, Convolution))
+    def computing_in(self, dtype: jax.typing.DTypeLike) -> Convolution:
+        """The layer, computing in this type; see `adaptax.protocols.Casting`."""
+        return eqx.tree_at(lambda layer: layer.weight, self, self.weight.astype(dtype))
 
 
 def check_image(x: Array, channels: int, least: int) -> None:
