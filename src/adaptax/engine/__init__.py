@@ -1,0 +1,1 @@
+"""The engine: mapping over tasks, meta-training, evaluation, run folders, feature extractors."""
