@@ -8,6 +8,7 @@ import math
 import os
 import re
 import secrets
+import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,6 +44,15 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
 
 TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
 """Name of a file that `write_atomic` has not finished; the group is the name it is to have."""
+
+
+STALE = 3600.0
+"""Seconds after which nobody is at work on a temporary file any more."""
+
+
+def is_stale(path: Path) -> bool:
+    """Return whether a temporary file is older than any write takes, and may be removed."""
+    return time.time() - path.stat().st_mtime > STALE
 
 
 def make_folder(path: Path) -> None:

@@ -180,6 +180,9 @@ def pure(function: Callable[..., Any]) -> Callable[..., Any]:
             layer without its state, naming the layer.
     """
 
+    if getattr(function, "is_pure", False):  # as what wraps one says, too
+        return function
+
     @functools.wraps(function)
     def call(model: PyTree, *more: Any) -> Any:
         whole = reshare(model)
@@ -193,6 +196,7 @@ def pure(function: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             raise ValueError(sentence) from error
 
+    call.__dict__["is_pure"] = True
     return call
 
 

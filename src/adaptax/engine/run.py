@@ -21,9 +21,6 @@ from .fingerprint import UNKNOWN
 Resume = bool | Literal["auto"]
 """Go on with a run; `"auto"`: if there is one, and begin it if there is none."""
 
-STALE = 3600.0
-"""Seconds after which a hidden temporary file, of whatever process, is removed."""
-
 Facts = dict[str, dict[str, Any]]
 """JSON values that a checkpoint holds beside the state, in groups: in `plan` what the run depends
 on, by name, which is compared when it is resumed; in `made_by` versions and machine, which are
@@ -81,7 +78,7 @@ class Run:
         for file in self.path.glob(".*.tmp"):
             name = io.TEMPORARY.fullmatch(file.name)
             # Ours are of a process that was killed, as the folder is held; others may be at work.
-            if name and (name[1] in ours or time.time() - file.stat().st_mtime > STALE):
+            if name and (name[1] in ours or io.is_stale(file)):
                 file.unlink(missing_ok=True)
         return self
 

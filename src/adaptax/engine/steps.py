@@ -17,7 +17,7 @@ from .. import program, tree
 from ..learner import Meta, MetaLearner
 from ..task import Task, TaskDistribution
 from . import feed
-from .mapping import Mapping, chunk_size, meta_gradient
+from .mapping import Mapping, chunk_size, meta_gradient, task_gradient
 
 
 @runtime_checkable
@@ -141,10 +141,8 @@ def _alone(
     trained, fixed = eqx.partition(meta, learner.trained(meta))
 
     def one(loaded: PyTree, trained: PyTree) -> Any:
-        loss = lambda t: learner.meta_loss(  # noqa: E731
-            eqx.combine(t, fixed), feed.task(tasks, loaded), key=key, progress=jnp.array(0.0)
-        )
-        return jax.value_and_grad(loss, has_aux=True)(trained)
+        make = functools.partial(feed.task, tasks)
+        return task_gradient(learner, trained, fixed, make, jnp.array(0.0), loaded, key)
 
     tiled = jax.tree.map(lambda leaf: leaf[None], trained)
     return chunk_size("auto", 2, one, (loaded, tiled)) == 1

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import secrets
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,7 +18,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from adaptax.io import write_atomic
+from adaptax.io import is_stale, write_atomic
 from adaptax.tasks.content import Checksums, row_checksums
 from adaptax.tasks.files import DataError
 from adaptax.text import shown
@@ -190,7 +189,7 @@ def _sweep(folder: Path) -> None:
         with suppress(OSError), path.open("rb") as file:
             if fcntl is not None and path.name.endswith(UNFINISHED):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            elif time.time() - path.stat().st_mtime < 3600:
+            elif not is_stale(path):
                 continue
             path.unlink()
 
