@@ -85,9 +85,12 @@ class Minibatches(eqx.Module):
         first = self.step * self.size
         # A minibatch touches at most this many permutations, whatever its offset.
         touched = first // n + jnp.arange((self.size - 1) // n + 2)
-        permute = jax.vmap(lambda e: jax.random.permutation(jax.random.fold_in(self.key, e), n))
+        permute: Any = jax.vmap(
+            lambda e: jax.random.permutation(jax.random.fold_in(self.key, e), n)
+        )
         rows = jax.lax.dynamic_slice_in_dim(permute(touched).ravel(), first % n, self.size)
-        return jax.tree.map(lambda a: a[rows], self.batch)
+        drawn: Batch = jax.tree.map(lambda a: a[rows], self.batch)
+        return drawn
 
 
 class Frozen(eqx.Module):
@@ -107,7 +110,8 @@ class Frozen(eqx.Module):
 
     def draw(self, model: Model, key: PRNGKeyArray) -> Batch:
         """The batch of this step, whatever the model."""
-        return jax.tree.map(lambda leaf: leaf[self.step], self.batches)
+        drawn: Batch = jax.tree.map(lambda leaf: leaf[self.step], self.batches)
+        return drawn
 
 
 class Task(eqx.Module):

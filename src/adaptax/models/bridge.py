@@ -209,7 +209,7 @@ def _environment() -> Any:
     _import()
     from torchax import tensor
 
-    class Environment(tensor.Environment):
+    class Environment(tensor.Environment):  # type: ignore[misc, unused-ignore]
         def get_and_rotate_prng_key(self, generator: Any = None) -> Any:
             drawing = _drawing.get()
             if drawing is None or drawing[0] is None:

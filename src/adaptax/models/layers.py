@@ -137,11 +137,13 @@ class BatchNorm(eqx.Module):
         running, now = (self.mean, self.var), (about + mean, variance)
         updated = jax.tree.map(lambda r, n: self.momentum * r + (1 - self.momentum) * n,
                                running, now)  # fmt: skip
-        return observe(y, running, updated)
+        observed: Array = observe(y, running, updated)
+        return observed
 
     def _with(self, statistics: tuple[Array | None, Array | None]) -> BatchNorm:
         where = lambda layer: (layer.mean, layer.var)  # noqa: E731
-        return eqx.tree_at(where, self, statistics, is_leaf=lambda leaf: leaf is None)
+        layer: BatchNorm = eqx.tree_at(where, self, statistics, is_leaf=lambda leaf: leaf is None)
+        return layer
 
     def _normalised(self, x: Array, mean: Array, variance: Array) -> Array:
         gain = lax.rsqrt(variance + self.eps)

@@ -55,7 +55,9 @@ class Convolution(eqx.Module):
 
     def computing_in(self, dtype: jax.typing.DTypeLike) -> Convolution:
         """The layer, computing in this type; see `adaptax.protocols.Casting`."""
-        return eqx.tree_at(lambda layer: layer.weight, self, self.weight.astype(dtype))
+        weight = self.weight.astype(dtype)
+        layer: Convolution = eqx.tree_at(lambda layer: layer.weight, self, weight)
+        return layer
 
 
 def check_image(x: Array, channels: int, least: int) -> None:

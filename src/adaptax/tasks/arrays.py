@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import PyTree, Shaped
 
 from adaptax import tree
+from adaptax.roles import path_name
 from adaptax.task import Splits
 from adaptax.tasks import bank
 from adaptax.tasks.bank import MEMORY_BUDGET, NAMES
@@ -143,7 +144,7 @@ def _pair(what: str, x: PyTree, labels: Any) -> tuple[PyTree, np.ndarray]:
     except (TypeError, ValueError) as error:  # keys that have no order
         raise DataError(f"{what}: inputs cannot be put in order ({str(error)[:100]})") from None
     single = _is_array(x)
-    names = [what if single else f"{what}/{tree.path_name(path)}" for path, _ in leaves]
+    names = [what if single else f"{what}/{path_name(path)}" for path, _ in leaves]
     arrays = [_array(name, leaf) for name, (_, leaf) in zip(names, leaves)]
     shapes = [array.shape for array in arrays]
     fit = all(len(shape) > single and shape[:1] == labels.shape for shape in shapes)

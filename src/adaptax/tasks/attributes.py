@@ -121,7 +121,8 @@ class AttributeTasks(HostTaskDistribution):
 
     def fetch(self, plan: Int32[Array, "*lead images"]) -> Task:
         """Gather planned tasks, `(..., 2K, ...)` for leading axes `...`."""
-        return call(_task, self.design, take(self.bank, plan))
+        task: Task = call(_task, self.design, take(self.bank, plan))
+        return task
 
     def sample(self, key: PRNGKeyArray) -> Task:
         """Return the task of this key: x `(2K, ...)` and `(R·2Q, ...)`, y int32 in {0, 1}.

@@ -34,7 +34,7 @@ def celeba(
     *,
     train_shot: int | None = None,
     train_query: int | None = None,
-    data_root: str | os.PathLike | None = None,
+    data_root: str | os.PathLike[str] | None = None,
     image_size: int = 84,
     resample: str = "lanczos",
     attributes: Mapping[str, Sequence[str]] | None = None,

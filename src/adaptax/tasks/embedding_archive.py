@@ -37,7 +37,7 @@ CONTENT = ("embeddings", "labels", "keys")
 
 
 def read_archive(
-    path: str | os.PathLike, view: str = "miniImageNet/center"
+    path: str | os.PathLike[str], view: str = "miniImageNet/center"
 ) -> dict[str, tuple[np.ndarray, np.ndarray, list[str]]]:
     """Return for each split the embeddings, `(n, width)`, their class numbers, and class names.
 

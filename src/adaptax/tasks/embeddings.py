@@ -41,7 +41,7 @@ Rows = Shaped[np.ndarray, "..."]
 
 
 def embeddings(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     way: int = 5,
     shot: int = 1,
     query: int | str = 15,
@@ -114,18 +114,18 @@ def embeddings(
     )  # fmt: skip
 
 
-def width(path: str | os.PathLike) -> int:
+def width(path: str | os.PathLike[str]) -> int:
     """Return the length of the embeddings in a file.
 
     Raises:
         FileNotFoundError: if there is no such file.
         DataError: as `read` has it.
     """
-    return next(iter(read(path)[0].values()))[0].shape[1]
+    return int(next(iter(read(path)[0].values()))[0].shape[1])
 
 
 def write(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     splits: Mapping[str, tuple[Features, Rows, list[str]]],
     *,
     normalise: bool = True,
@@ -161,7 +161,7 @@ def write(
     )  # fmt: skip
 
 
-def read(path: str | os.PathLike) -> tuple[dict[str, tuple[Features, Rows]], dict[str, Any]]:
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, tuple[Features, Rows]], dict[str, Any]]:
     """Return for each split features and class numbers as in the file, and its metadata.
 
     Raises:
@@ -221,7 +221,7 @@ def read(path: str | os.PathLike) -> tuple[dict[str, tuple[Features, Rows]], dic
     return pairs, {**about, "normalised": bool(about.get("normalised"))}
 
 
-def _check_splits(path: str | os.PathLike, found: Any) -> None:
+def _check_splits(path: str | os.PathLike[str], found: Any) -> None:
     missing = [split for split in NAMES if split not in found]
     if missing:
         raise DataError(
@@ -230,7 +230,7 @@ def _check_splits(path: str | os.PathLike, found: Any) -> None:
         )
 
 
-def _check_widths(path: str | os.PathLike, widths: Mapping[str, tuple[int, ...]]) -> None:
+def _check_widths(path: str | os.PathLike[str], widths: Mapping[str, tuple[int, ...]]) -> None:
     if len(set(widths.values())) > 1:
         said = ", ".join(f"{split} {'×'.join(map(str, w))}" for split, w in widths.items())
         raise DataError(
@@ -238,7 +238,7 @@ def _check_widths(path: str | os.PathLike, widths: Mapping[str, tuple[int, ...]]
         )
 
 
-def _check_finite(path: str | os.PathLike, split: str, x: Features) -> None:
+def _check_finite(path: str | os.PathLike[str], split: str, x: Features) -> None:
     bad = int(np.sum(~np.isfinite(x).all(axis=1)))
     if bad:
         raise DataError(
@@ -247,7 +247,7 @@ def _check_finite(path: str | os.PathLike, split: str, x: Features) -> None:
         )
 
 
-def _unit(path: str | os.PathLike, split: str, x: Features, normalise: bool) -> Features:
+def _unit(path: str | os.PathLike[str], split: str, x: Features, normalise: bool) -> Features:
     length = np.linalg.norm(x, axis=1)
     if np.abs(length - 1).max() <= TOLERANCE:
         return x
@@ -260,14 +260,15 @@ def _unit(path: str | os.PathLike, split: str, x: Features, normalise: bool) -> 
     return _divided(path, split, x)
 
 
-def _divided(path: str | os.PathLike, split: str, x: Features) -> Features:
+def _divided(path: str | os.PathLike[str], split: str, x: Features) -> Features:
     length = np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
     if length.min() == 0:
         raise DataError(
             f"{path}: {int(np.sum(length == 0))} of the {len(x)} embeddings of the {split} split "
             "are all zero and have no direction; leave their images out or train the network longer"
         )
-    return (x / length).astype(np.float32)
+    divided: Features = (x / length).astype(np.float32)
+    return divided
 
 
 def _rest(split: str, classes: Mapping[str, np.ndarray], shot: int) -> int:

@@ -72,15 +72,16 @@ def distinct(key: PRNGKeyArray, m: int, count: int | Int[Array, ""]) -> Int32[Ar
     left = (jnp.int32(count) - place).astype(jnp.uint32)
     swap = place + (jax.random.bits(key, (m,), jnp.uint32) % left).astype(jnp.int32)
 
-    def undo(k: Any, value: Array) -> Array:
+    def undo(k: Any, value: Any) -> Any:
         return jnp.where((value == swap[k]) & (k < place), jnp.int32(k), value)
 
+    value: Array = swap
     if m <= 32:  # one fused kernel; beyond, compile time would grow with m
-        value = swap
         for k in reversed(range(m)):
             value = undo(k, value)
-        return value
-    return jax.lax.fori_loop(0, m, lambda i, value: undo(m - 1 - i, value), swap)
+    else:
+        value = jax.lax.fori_loop(0, m, lambda i, value: undo(m - 1 - i, value), value)
+    return value
 
 
 def rotate(
@@ -127,7 +128,7 @@ class Design:
             turns = jnp.zeros(self.way, jnp.int32)
         if self.rotations == "random":
             turns = (jax.random.bits(for_turns, (self.way,), jnp.uint32) % 4).astype(jnp.int32)
-        draw = jax.vmap(lambda key, count: distinct(key, self.shot + self.query, count))
+        draw: Any = jax.vmap(lambda key, count: distinct(key, self.shot + self.query, count))
         rows = draw(jax.random.split(for_rows, self.way), count[chosen])
         return Plan(start[chosen][:, None] + rows, turns)
 
@@ -235,7 +236,8 @@ class Episodes(HostTaskDistribution):
 
     def fetch(self, plan: Plan) -> Task:
         """Gather planned episodes, `(..., W·K, ...)` for leading axes `...`."""
-        return call(Design.task, self.design, self.examples(plan.rows), plan.turns)
+        task: Task = call(Design.task, self.design, self.examples(plan.rows), plan.turns)
+        return task
 
     def sample(self, key: PRNGKeyArray) -> Task:
         """Return the episode of this key: x `(W·K, ...)` and `(W·Q, ...)`, y int32 in [0, W)."""

@@ -62,7 +62,7 @@ class Files:
         return f"{shown(self.where)}: {shown(name)}"
 
 
-def data_folder(given: str | os.PathLike | None = None) -> Path:
+def data_folder(given: str | os.PathLike[str] | None = None) -> Path:
     """Return the folder of the data: the argument, else `ADAPTAX_DATA`, else the user's cache.
 
     Raises:

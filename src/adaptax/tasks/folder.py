@@ -21,7 +21,7 @@ from adaptax.text import shown
 
 
 def folder(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     way: int = 5,
     shot: int = 1,
     query: int | None = None,

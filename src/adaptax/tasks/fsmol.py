@@ -121,7 +121,7 @@ def fsmol(
     standardise: str = "support",
     orient: bool = True,
     in_order: bool = True,
-    data_root: str | os.PathLike | None = None,
+    data_root: str | os.PathLike[str] | None = None,
 ) -> Splits:
     """Return FS-Mol assays with their given split, x `(n, 2048)` fingerprint bits.
 

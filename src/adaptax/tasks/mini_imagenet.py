@@ -26,7 +26,7 @@ def mini_imagenet(
     *,
     train_shot: int | None = None,
     train_query: int | None = None,
-    data_root: str | os.PathLike | None = None,
+    data_root: str | os.PathLike[str] | None = None,
     image_size: int = 84,
     resample: str = "lanczos",
     normalise: bool = False,

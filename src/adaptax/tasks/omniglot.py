@@ -56,7 +56,7 @@ def omniglot(
     train_shot: int | None = None,
     train_query: int | None = None,
     protocol: str = "maml",
-    data_root: str | os.PathLike | None = None,
+    data_root: str | os.PathLike[str] | None = None,
     image_size: int = 28,
     resample: str | None = None,
     seed: int = 1,
