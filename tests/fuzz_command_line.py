@@ -348,16 +348,7 @@ def campaign(asked: argparse.Namespace, top: Path) -> int:
     from jax._src import xla_bridge
     from PIL import Image
 
-    from adaptax.cli import (  # noqa: F401
-        ablation,
-        active,
-        analysis,
-        comparison,
-        cookbook,
-        extractor,
-        inspection,
-        training,
-    )  # fmt: skip
+    from adaptax.cli import cookbook, extractor, inspection, studies, training  # noqa: F401
 
     Image.init()
     assert not xla_bridge._backends, "a backend that has begun does not survive a fork"

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 import adaptax as ax
-from adaptax.studies import ActiveCurves, active_learning, unsureness
+from adaptax.studies import ActiveCurves, acquisition_score, active_learning
 
 KEY = jax.random.key(0)
 mse, cross_entropy = ax.losses.mse, ax.losses.cross_entropy
@@ -242,17 +242,19 @@ def test_the_start_is_random_and_balanced():
     assert len(set(curves.asked["random"][:, 6])) > 6
 
 
-def test_unsureness_of_an_ensemble_and_of_one():
+def test_acquisition_score_of_an_ensemble_and_of_one():
     f, y = jax.random.normal(KEY, (5, 7, 2)), jnp.zeros((7, 2))
-    assert np.allclose(unsureness(f, y), np.var(np.asarray(f), axis=0).sum(axis=1), rtol=1e-5)
-    assert np.array_equal(unsureness(f[0], y), np.zeros(7))
+    assert np.allclose(
+        acquisition_score(f, y), np.var(np.asarray(f), axis=0).sum(axis=1), rtol=1e-5
+    )
+    assert np.array_equal(acquisition_score(f[0], y), np.zeros(7))
     logits = jnp.array([[0.0, 0.0, 0.0], [50.0, 0.0, 0.0]])
-    assert np.allclose(unsureness(logits, jnp.array([0])), [np.log(3), 0], atol=1e-6)
+    assert np.allclose(acquisition_score(logits, jnp.array([0])), [np.log(3), 0], atol=1e-6)
     # Two that are sure of different classes are unsure together.
     apart = jnp.stack([logits, logits[:, ::-1]])
-    assert np.allclose(unsureness(apart, jnp.array([0])), np.log([3, 2]), atol=1e-6)
+    assert np.allclose(acquisition_score(apart, jnp.array([0])), np.log([3, 2]), atol=1e-6)
     # Of the first all know that nothing is known; on the second they disagree.
-    found = unsureness(apart, jnp.array([0]), "disagreement")
+    found = acquisition_score(apart, jnp.array([0]), "disagreement")
     assert np.allclose(found, [0, np.log(2)], atol=1e-6)
 
 

@@ -14,12 +14,18 @@ import pytest
 from rich.console import Console
 
 import adaptax as ax
-from adaptax.cli import analysis as command
 from adaptax.cli import main
 from adaptax.cli.progress import Watcher
 from adaptax.recipes import Experiment
 from adaptax.report import analysis as report
-from adaptax.studies import ARMS, COMBINATIONS, overlap, predicted_coefficients
+from adaptax.studies import (
+    ARMS,
+    COMBINATIONS,
+    gradients,
+    overlap,
+    predicted_coefficients,
+)
+from adaptax.studies import expansion as measured
 from adaptax.studies.gradients import BATCH, overlapping
 from adaptax.studies.taylor import Expansion, _orders
 from adaptax.task import Frozen
@@ -165,7 +171,7 @@ def test_golden_expansion_of_two_quadratics():
         -2.0: (ax.MAML(well, inner_steps=0), 0.0),
     }
     for expected, (learner, residual) in golden.items():
-        found = ax.analysis.taylor_coefficients(learner, point(0.0), tasks, **how)
+        found = ax.studies.taylor_coefficients(learner, point(0.0), tasks, **how)
         assert np.allclose([found.avg_grad, found.avg_grad_inner], [[-2], [-3]], rtol=1e-15)
         assert np.allclose(found.gradients[1], expected, rtol=1e-13)
         assert np.allclose(2 * found.residuals[1], residual, rtol=1e-9, atol=1e-13)
@@ -185,7 +191,7 @@ def test_first_order_residuals_of_two_quadratics_vanish():
     roots = rng.normal(size=(2, 4, 4))
     tasks = fixed(ax.Batch(jnp.asarray(roots @ roots.swapaxes(1, 2)), rng.normal(size=(2, 4))))
     for learner in (ax.FOMAML(loss), ax.Reptile(loss, inner_steps=2)):
-        found = ax.analysis.taylor_coefficients(
+        found = ax.studies.taylor_coefficients(
             learner, point(np.ones(4)), tasks, key=KEY, rates=(0.1, 0.05), count=1
         )
         assert found.residuals.max() < 1e-14
@@ -216,7 +222,7 @@ def sines(k):
 
 def expansion(learner, k, **how):
     how = {"key": KEY, "rates": (8e-4, 4e-4, 2e-4), "count": 3, "minibatches": k, **how}
-    return ax.analysis.taylor_coefficients(learner, net(), sines(k), **how)
+    return ax.studies.taylor_coefficients(learner, net(), sines(k), **how)
 
 
 def family(k):
@@ -347,7 +353,7 @@ class Nameless(ax.MetaLearner):
 )
 def test_expansions_that_make_no_sense(learner, how, message):
     with pytest.raises(ValueError, match=message):
-        ax.analysis.taylor_coefficients(learner, net(), sines(2), key=KEY, **how)
+        ax.studies.taylor_coefficients(learner, net(), sines(2), key=KEY, **how)
 
 
 # The studies
@@ -485,9 +491,9 @@ def tiny(skip):
 @pytest.fixture
 def small(monkeypatch):
     """Studies of a training on glyphs, which takes a moment."""
-    one = command._arm("last-2", tiny(1), name="g2", kind="last", arm="shared")
-    monkeypatch.setattr(command, "_arms", lambda asked: [one])
-    monkeypatch.setattr(command, "CURVE_EPISODES", 4)
+    one = {"last-2": (tiny(1), {"name": "g2", "kind": "last", "arm": "shared"})}
+    monkeypatch.setattr(gradients, "_arms", lambda *asked: one)
+    monkeypatch.setattr(gradients, "CURVE_EPISODES", 4)
 
 
 def sentence(capsys):
@@ -543,7 +549,7 @@ def test_a_study_is_interrupted_goes_on_and_is_kept(here, capsys, monkeypatch):
     assert "study (gradient_combinations.json, gradient_comb" in capsys.readouterr().out
     assert main([*words, "--study", "overlap"]) == 0
     assert "overlap.png" in capsys.readouterr().out
-    monkeypatch.setattr(command, "_arms", lambda asked: [command._arm("last-2", tiny(0), name="x")])
+    monkeypatch.setattr(gradients, "_arms", lambda *asked: {"last-2": (tiny(0), {"name": "x"})})
     assert main(words) == 2
     assert "--out" in sentence(capsys)
 
@@ -562,16 +568,14 @@ def test_taylor(here, capsys):
     assert np.allclose(found["coefficients"], found["predicted"], rtol=0.02)
     assert result["command"].startswith("adaptax analyze taylor sinusoid --learners fomaml --min")
     assert "--rates 0.0002 0.0001" in result["command"]
-    assert {path.name for path in (here / "here").iterdir()} == {"taylor.json", "taylor.png"}
+    files = {"taylor.json", "taylor.png", "table.csv", "table.tex"}
+    assert {path.name for path in (here / "here").iterdir()} == files
 
 
 def test_reptiles_network_with_another_activation():
-    asked = command.AnalyzeTaylor(tasks="omniglot")
-    (_, smooth, _), (_, plain, _) = (
-        command._network(one) for one in (asked, command.AnalyzeTaylor(tasks="omniglot", relu=True))
-    )
+    (_, smooth, _), (_, plain, _) = (measured._network(False, relu, 0) for relu in (False, True))
     x = jax.random.normal(KEY, (2, 28, 28, 1))
-    rectified = command._smooth(jax.nn.relu, smooth.params, x)
+    rectified = measured._smooth(jax.nn.relu, smooth.params, x)
     assert np.allclose(rectified, plain(x), rtol=1e-5, atol=1e-5)
     assert not np.allclose(smooth(x), plain(x), rtol=1e-2)
 

@@ -22,12 +22,13 @@ from rich.console import Console
 from safetensors import safe_open
 
 import adaptax
-from adaptax.cli import ablation, commands, comparison, main, options
+from adaptax.cli import main, options
 from adaptax.cli.app import _share_cores
 from adaptax.cli.inspection import image_format
 from adaptax.cli.progress import Watcher, watching
 from adaptax.engine.run import Run
 from adaptax.recipes import ALGORITHMS, RECIPES, TASKS, Experiment, bayesian, book, changed, runs
+from adaptax.studies import ablation, comparison
 from adaptax.tasks import glyphs, images
 
 SINE = ["train", "maml", "sinusoid", "--steps", "20", "--episodes", "6", "--set",
@@ -270,14 +271,29 @@ def test_compare_trains_tests_and_goes_on(here, capsys, monkeypatch):
     assert "Pretrained" in text
     both = here / "both"
     assert (both / "maml" / "metrics.jsonl").read_text() == before  # not trained again
-    assert {"comparison.json", "comparison.png", "adaptation.png", "maml", "pretrained"} == {
-        path.name for path in both.iterdir()
-    }
+    assert {path.name for path in both.iterdir()} == {
+        "comparison.json", "comparison.png", "adaptation.png", "table.csv", "table.tex", "maml",
+        "pretrained",
+    }  # fmt: skip
     result = json.loads((both / "comparison.json").read_text())
     assert [one["algorithm"] for one in result["algorithms"]] == ["maml", "pretrained"]
     assert list(result["algorithms"][0]["scores"]) == ["0 steps", "1 step", "5 steps", "10 steps"]
     tuned = json.loads((both / "pretrained" / "config.json").read_text())["tuned"]
     assert tuned["learner"]["inner_lr"] in tuned["tune"]
+    assert result["algorithms"][0]["difference"] == {"mean": 0, "ci95": 0}
+    assert "− MAML" in text
+    study = adaptax.studies.compare(
+        "sinusoid", ["maml", "pretrained"], steps=10, episodes=5, out="both"
+    )
+    assert study.to_json()["algorithms"] == result["algorithms"]
+    assert set(study.reports) == {"MAML", "Pretrained"}
+    gap = study.reports["Pretrained"].difference(study.reports["MAML"])[0]
+    assert np.isclose(result["algorithms"][1]["difference"]["mean"], gap)
+    assert "0.67 / 0.38 / 0.35" in str(study)
+    study.save(here / "copy", format="svg")
+    assert {"comparison.json", "table.csv", "comparison.svg"} <= {
+        path.name for path in (here / "copy").iterdir()
+    }
     words[words.index("10")] = "12"
     assert main(words) == 2
     assert "--out" in capsys.readouterr().err
@@ -306,8 +322,10 @@ def test_compare_where_uncertainty_counts(here, capsys, monkeypatch):
     single, noisy, _ = (row["scores"]["protocol"] for row in result["rows"])
     assert (single["model"], noisy["model"]) == ("single", "ensemble of 10")
     assert single["nll_noise"] == noisy["nll_noise"] == 0.3
-    plots = {"comparison.json", "calibration.png", "functions.png", "maml", "platipus"}
-    assert plots == {path.name for path in (here / "both").iterdir()}
+    assert {path.name for path in (here / "both").iterdir()} == {
+        "comparison.json", "calibration.png", "functions.png", "table.csv", "table.tex", "maml",
+        "platipus",
+    }  # fmt: skip
     # PLATIPUS started from the MAML of the comparison, which was not trained twice.
     start = here / "both" / "platipus" / "init" / "checkpoint.safetensors"
     assert start.read_bytes() == (here / "both" / "maml" / "checkpoint.safetensors").read_bytes()
@@ -660,10 +678,6 @@ def test_progress_on_a_terminal():
     text = console.export_text()
     for part in ("MAML", "60/100", "loss 0.5", "val mse 0.250", "10 steps/s", "0:04 left"):
         assert part in text
-
-
-def test_help_does_not_need_the_implementation():
-    assert not hasattr(commands, "jax")
 
 
 def test_any_number_of_ways_and_where_its_settings_are_from(here, capsys):

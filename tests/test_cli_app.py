@@ -1,5 +1,7 @@
 """The entry point: whatever is raised ends in a sentence, and text of any kind can be shown."""
 
+import importlib
+import inspect
 import io
 import subprocess
 import sys
@@ -10,7 +12,9 @@ import jax.numpy as jnp
 import pytest
 from rich.table import Table
 
+import adaptax
 from adaptax.cli import cookbook, main
+from adaptax.cli.app import COMMANDS
 from adaptax.cli.console import Plain
 from adaptax.cli.progress import scoring, watching
 from adaptax.text import shown
@@ -27,7 +31,7 @@ def plain(tmp_path, monkeypatch):
 
 
 def raising(monkeypatch, do):
-    monkeypatch.setattr(cookbook, "show_all", lambda as_json: do())
+    monkeypatch.setattr(cookbook, "show_all", lambda options: do())
 
 
 def said(capsys):
@@ -111,6 +115,35 @@ def test_text_is_shown_as_it_is():
     assert "\x07" not in text
     assert shown("a\nb\t" + 300 * "c").startswith("a\\nb\\tccc")
     assert len(shown(300 * "c")) == 201
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], *([*name.split(), "--help"] for name in COMMANDS)]
+)
+def test_help_is_quick_since_it_loads_little(words):
+    """In a process of its own: the tests have loaded everything."""
+    heavy = "{'jax', 'optax', 'equinox', 'matplotlib', 'numpy', 'scipy'}"
+    code = (
+        "import sys; from adaptax.cli import main; code = main(sys.argv[1:]); "
+        f"print('loaded', sorted({heavy} & set(sys.modules))); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "adaptax" in done.stdout
+    assert done.stdout.endswith("loaded []\n")
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"adaptax {adaptax.__version__}\n"
+
+
+def test_every_command_has_a_function():
+    for kind, place in COMMANDS.values():
+        module, name = place.split(":")
+        function = getattr(importlib.import_module(f"adaptax.cli.{module}"), name)
+        (options,) = inspect.signature(function).parameters.values()
+        assert options.annotation in (kind.__name__, kind)
 
 
 PROCESS = [sys.executable, "-m", "adaptax"]

@@ -13,8 +13,10 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from adaptax import io, tasks
-from adaptax.cli import extractor, main, pretraining
+from adaptax.cli import extractor as command
+from adaptax.cli import main
 from adaptax.cli.progress import Watcher
+from adaptax.recipes import extractors
 from adaptax.tasks.embeddings import embeddings
 
 PRETRAIN = importlib.import_module("adaptax.engine.pretrain")
@@ -68,7 +70,6 @@ def test_help_has_an_example(command, capsys):
     assert main([command, "--help"]) == 0
     text = capsys.readouterr().out
     assert f"adaptax {command}" in text.split("For example:")[1]
-    assert not hasattr(pretraining, "jax")
 
 
 def test_pretrain_writes_a_run(run):
@@ -102,9 +103,9 @@ def test_embed_writes_the_features_of_every_image(run, here, capsys):
     assert about["source"]["trained_on"] == ["train0", "train1", "train2", "train3"]
     assert about["source"]["step"] == 12
     # As the network does one image at a time.
-    model, _, config = extractor.load(run)
-    images = extractor.splits_of(config).test
-    x = extractor.extract(model, images, batch=1)
+    model, _, config = extractors.load_extractor(run)
+    images = extractors.splits_of(config).test
+    x = extractors.extract(model, images, batch=1)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     np.testing.assert_allclose(arrays["test/embeddings"], x, 1e-3, 1e-4)
     splits = embeddings("e.safetensors", way=2, shot=1, query="all")
@@ -148,7 +149,9 @@ def test_interrupted_and_resumed_is_uninterrupted(run, photos, here, capsys, mon
 def configured(words, monkeypatch):
     """The configuration that the words make."""
     asked = []
-    monkeypatch.setattr(extractor, "_train", lambda config, *a, **k: asked.append(config) or 1 / 0)
+    monkeypatch.setattr(
+        command, "fit_extractor", lambda config, *a, **k: asked.append(config) or 1 / 0
+    )
     monkeypatch.setenv("ADAPTAX_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         main(["pretrain", *words])
@@ -188,7 +191,7 @@ def test_backbones(words, network, features, monkeypatch):
     assert asked["network"] == network
     side = asked["task"].get("image_size", 84)
     config = {**asked, "image": [side, side, 3]}
-    assert eqx.filter_eval_shape(lambda: extractor._network(config, 64)).head.weight.shape == (
+    assert eqx.filter_eval_shape(lambda: extractors.make_network(config, 64)).head.weight.shape == (
         features, 64,
     )  # fmt: skip
 
@@ -263,10 +266,10 @@ def test_validation_classes_that_are_trained_on_are_refused():
         {"train": part(slice(0, 6), ["a", "b"]), "val": part(slice(6, 9), ["c"]),
          "test": part(slice(9, 12), ["d"])}, way=1, shot=1, query=1,
     )  # fmt: skip
-    extractor.check_unseen(["a", "b"], splits)
+    extractors.check_unseen(["a", "b"], splits)
     for seen, split in ((["a", "c"], "val"), (["d"], "test")):
         with pytest.raises(tasks.DataError, match=f"1 of the {split} classes"):
-            extractor.check_unseen(seen, splits)
+            extractors.check_unseen(seen, splits)
 
 
 def test_leos_archive_becomes_a_file_of_ours(here, capsys):

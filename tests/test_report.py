@@ -1,5 +1,8 @@
 """Figures and tables: what they show, and what they refuse."""
 
+import csv
+from pathlib import Path
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,6 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
+from scipy import stats
 
 import adaptax as ax
 from adaptax import report, tree
@@ -71,7 +75,7 @@ def test_adaptation_draws_truth_support_and_steps():
     figure = report.adaptation(learner, model, tasks, key=KEY)
     assert isinstance(figure, Figure)
     assert legend(figure) == ["truth", "0 steps", "1 step", "10 steps", "support"]
-    truth = figure.axes[0].get_lines()[-1]
+    truth = figure.axes[0].get_lines()[0]
     x = jnp.asarray(truth.get_xdata())[:, None]
     np.testing.assert_allclose(truth.get_ydata(), tasks.function(KEY)(x)[:, 0], rtol=1e-6)
 
@@ -148,3 +152,65 @@ def test_tables():
         assert part in text
     assert "way 3" in report.summary(scored)
     assert "transductive yes" in report.summary(scored)
+
+
+def test_the_figure_of_several_seeds_has_the_means_and_intervals_of_the_table():
+    reports = [scores(value=value) for value in (1.0, 1.2, 1.7)]
+    mean = report.Mean(reports)
+    line, band = (lambda ax: (ax.get_lines()[0], ax.collections[0]))(
+        report.comparison({"MAML": mean}).axes[0]
+    )
+    for i, y in enumerate(line.get_ydata()):
+        each = [one.mean("mse", i, diverged=False) for one in reports]
+        half = stats.t.ppf(0.975, 2) * stats.sem(each)
+        assert np.isclose(y, np.mean(each))
+        assert np.isclose(mean.score(step=i).ci95, half)
+        assert np.isclose(mean.score(step=i).mean, y)
+        points = band.get_paths()[0].vertices
+        at = points[points[:, 0] == line.get_xdata()[i], 1]
+        assert np.allclose([at.min(), at.max()], [y - half, y + half])
+    one = report.Mean(reports[:1])
+    assert one.ci95("mse") == reports[0].ci95("mse", diverged=False)
+
+
+def test_no_two_lines_have_a_colour():
+    figure = report.comparison({f"learner {i}": scores() for i in range(20)})
+    lines = figure.axes[0].get_lines()
+    assert len({line.get_color() for line in lines}) == len(lines) == 20
+
+
+def test_axes_have_ticks_enough_to_be_read():
+    for value in (0.3, 1.0, 50.0):
+        ax = report.comparison({"MAML": scores(value=value)}).axes[0]
+        low, high = ax.get_ylim()
+        assert sum(low <= tick <= high for tick in ax.get_yticks()) > 3
+
+
+def test_a_curve_of_one_record_is_marked_and_said():
+    ax = report.learning_curve([{"step": 7, "loss": 0.5}]).axes[0]
+    assert ax.get_lines()[0].get_marker() == "o"
+    assert [text.get_text() for text in ax.texts] == ["one record, of step 7"]
+    ax = report.learning_curve([{"step": 7, "loss": float("nan")}]).axes[0]
+    assert [text.get_text() for text in ax.texts] == ["no finite loss"]
+
+
+def test_tables_as_csv_and_latex(tmp_path):
+    row = {"name": "A & B_1", "metric": "accuracy", "scores": {"1 step": (0.25, 0.125)},
+           "paper": "95 ± .3 %", "seconds": 3.2}  # fmt: skip
+    table = report.comparison_table([row, {**row, "scores": {}}], "there")
+    assert list(csv.reader(table.csv().splitlines())) == [
+        ["algorithm", "1 step", "1 step ci95", "paper", "trained in"],
+        ["A & B_1", "0.25", "0.125", "95 ± .3 %", "3 s"],
+        ["A & B_1", "", "", "95 ± .3 %", "3 s"],
+    ]
+    lines = table.latex().splitlines()
+    assert lines[:2] == ["% there", r"\begin{tabular}{lrlr}"]
+    assert r"A \& B\_1 & 25.00 $\pm$ 12.50 \% & 95 $\pm$ .3 \% & 3 s \\" in lines
+
+
+def test_figures_are_saved_beside_png(tmp_path):
+    figure = report.learning_curve([{"step": 1, "loss": 0.5}])
+    paths = report.save({"a": figure}, tmp_path / "new", "svg")
+    assert paths == [str(tmp_path / "new" / name) for name in ("a.png", "a.svg")]
+    assert all(Path(path).stat().st_size > 500 for path in paths)
+    assert report.save({"a": figure}, tmp_path) == [str(tmp_path / "a.png")]

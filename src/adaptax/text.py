@@ -1,8 +1,11 @@
-"""Text of users, such as names of files, in sentences and on terminals."""
+"""Text of users, such as names of files, in sentences and on terminals; limits of their numbers."""
 
 from __future__ import annotations
 
 import re
+
+MOST, LARGEST = 2**31 - 1, 3e38
+"""Of the whole numbers and the numbers that users give: 32 bits, as sizes have, and float32."""
 
 # Control characters but for tabs and ends of lines, separators of lines, what turns the direction
 # of writing, and the bytes of file names that are no text.

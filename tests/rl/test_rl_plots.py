@@ -24,7 +24,7 @@ def test_returns_by_step(tmp_path):
     paper = {"MAML": {0: -40.41, 1: -11.68}, "oracle": {0: -2.3}}
     figure = pictures.returns_by_step(given, paper=paper, title="navigation")
     ax = figure.axes[0]
-    ours, random, published, oracle = ax.get_lines()
+    ours, random, published, oracle, _ = ax.get_lines()
     np.testing.assert_array_equal(ours.get_xdata(), [0, 1, 2])
     np.testing.assert_allclose(ours.get_ydata(), [-40, -11, -4])
     np.testing.assert_allclose(random.get_ydata(), [-70, -41, -34])
@@ -34,7 +34,7 @@ def test_returns_by_step(tmp_path):
     at_start = edges[edges[:, 0] == 0, 1]
     half = 1.96 * 2 / 3**0.5
     np.testing.assert_allclose([at_start.min(), at_start.max()], [-40 - half, -40 + half])
-    assert texts(figure) == ["MAML", "random", "MAML, published", "oracle, published"]
+    assert texts(figure) == ["MAML", "random", "oracle, published", "published"]
     assert ax.get_title(loc="left") == "navigation"
     figure.savefig(tmp_path / "returns.png")
 
@@ -79,7 +79,7 @@ def test_trajectories(tmp_path):
             total = -np.linalg.norm(places - np.asarray(goals[column]), axis=-1).sum()
             assert ax_.texts[0].get_text() == f"{total:.1f}"
     assert figure.axes[2].get_ylabel() == "after 2 steps"
-    assert texts(figure) == ["start", "goal"]
+    assert texts(figure) == ["start", "goal", "policy"]
     figure.savefig(tmp_path / "trajectories.png")
 
 

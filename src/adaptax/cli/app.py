@@ -1,7 +1,11 @@
-"""The entry point: parses, dispatches, and turns errors into one sentence and an exit code."""
+"""The entry point: parses, dispatches, and turns errors into one sentence and an exit code.
+
+Nothing here imports JAX before a command is run, so that `--help` is quick.
+"""
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import sys
@@ -13,12 +17,28 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import jax
-
+from .. import __version__
 from ..process import Interrupted
 from ..text import shown
-from .console import say
+from . import commands
 from .parsing import parse
+
+COMMANDS: dict[str, tuple[type, str]] = {
+    "train": (commands.Train, "training:train"),
+    "evaluate": (commands.Evaluate, "inspection:evaluate"),
+    "compare": (commands.Compare, "studies:compare"),
+    "ablate": (commands.Ablate, "studies:ablate"),
+    "predict": (commands.Predict, "inspection:predict"),
+    "pretrain": (commands.Pretrain, "extractor:pretrain"),
+    "embed": (commands.Embed, "extractor:embed"),
+    "recipes list": (commands.RecipesList, "cookbook:show_all"),
+    "recipes show": (commands.RecipesShow, "cookbook:show"),
+    "recipes run": (commands.RecipesRun, "training:run_recipe"),
+    "analyze gradients": (commands.AnalyzeGradients, "studies:gradients"),
+    "analyze taylor": (commands.AnalyzeTaylor, "studies:taylor"),
+    "analyze active": (commands.AnalyzeActive, "studies:active"),
+}
+"""The options of every command, and the function of `adaptax.cli` that runs it."""
 
 HOST_DEVICES = "--xla_force_host_platform_device_count"
 PACKAGE = str(Path(__file__).parents[1])
@@ -47,28 +67,47 @@ def main(args: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     """The exit code of a command; says on stderr what went wrong."""
     _share_cores(words)
-    # Errors come with all their frames, which tell ours from those of others.
-    jax.config.update("jax_traceback_filtering", "off")
     try:
         with _warnings_in_a_line():
-            parse(words)()
+            if words == ["--version"]:
+                print(f"adaptax {__version__}")
+            else:
+                _call(parse(words, {name: kind for name, (kind, _) in COMMANDS.items()}))
             sys.stdout.flush()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Interrupted as stop:
-        say(str(stop))
+        _say(str(stop))
         return 130
     except KeyboardInterrupt:
-        say("interrupted")
+        _say("interrupted")
         return 130
     except BrokenPipeError:  # such as `adaptax recipes list | head`
         return 0
     except Exception as error:
         if os.environ.get("ADAPTAX_DEBUG"):
             raise
-        say(f"error: {_sentence(error)}")
+        _say(f"error: {_sentence(error)}")
         return 2
     return 0
+
+
+def _call(options: object) -> None:
+    """Run the command whose options these are."""
+    import jax
+
+    # Errors come with all their frames, which tell ours from those of others.
+    jax.config.update("jax_traceback_filtering", "off")
+    (place,) = (place for kind, place in COMMANDS.values() if kind is type(options))
+    module, name = place.split(":")
+    getattr(importlib.import_module(f".{module}", __package__), name)(options)
+
+
+def _say(text: str) -> None:
+    """Print a line on stderr."""
+    from .console import say  # Rich takes its time
+
+    say(text)
 
 
 def _share_cores(words: Sequence[str] = ()) -> None:
@@ -115,7 +154,7 @@ def _open_streams() -> None:
 @contextmanager
 def _warnings_in_a_line() -> Iterator[None]:
     def show(message: Warning | str, *where: Any, **more: Any) -> None:
-        say(f"warning: {_line(message)}")
+        _say(f"warning: {_line(message)}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show

@@ -1,4 +1,4 @@
-"""What can be asked on the command line; what is done about it is in the other modules.
+"""The commands and their options; `app.COMMANDS` says which function runs each.
 
 Nothing here imports JAX, so that `--help` is quick.
 """
@@ -6,9 +6,9 @@ Nothing here imports JAX, so that `--help` is quick.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional, UseAppendAction
+from tyro.conf import Positional, UseAppendAction, arg
 
 from .options import (
     Algorithm,
@@ -17,16 +17,22 @@ from .options import (
     Family,
     Flag,
     Float,
+    Format,
     Int,
     Mapping,
     Number,
     OwnCount,
+    OwnFloat,
     OwnInt,
     OwnSeed,
     Seed,
     Size,
     Word,
+    one,
 )
+
+DATA = ("mini_imagenet", "omniglot", "glyphs", "folder")
+_NONE = arg(help_behavior_hint="")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,12 +112,6 @@ class Train:
     json: Flag = False
     """print the result as JSON"""
 
-    def __call__(self) -> None:
-        """Run it."""
-        from .training import train
-
-        train(self)
-
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
@@ -142,12 +142,6 @@ class Evaluate:
     """folder of the data sets, if not the one that the run was trained from"""
     json: Flag = False
     """print the scores as JSON"""
-
-    def __call__(self) -> None:
-        """Run it."""
-        from .inspection import evaluate
-
-        evaluate(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,14 +186,10 @@ class Compare:
     """the images of the task family `folder`, a class a directory"""
     out: Word = None
     """folder to write, else runs/compare-TASKS"""
+    format: Format = "png"
+    """of figures, beside PNG"""
     json: Flag = False
     """print the comparison as JSON"""
-
-    def __call__(self) -> None:
-        """Run it."""
-        from .comparison import compare
-
-        compare(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,14 +227,10 @@ class Ablate:
     """folder of the data sets, else ADAPTAX_DATA, else the user's cache"""
     out: Word = None
     """folder to write, else runs/ablate-TASKS"""
+    format: Format = "png"
+    """of figures, beside PNG"""
     json: Flag = False
     """print the ablation as JSON"""
-
-    def __call__(self) -> None:
-        """Run it."""
-        from .ablation import ablate
-
-        ablate(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,12 +245,6 @@ class RecipesList:
     json: Flag = False
     """print them as JSON"""
 
-    def __call__(self) -> None:
-        """Run it."""
-        from .cookbook import show_all
-
-        show_all(self.json)
-
 
 @dataclasses.dataclass(frozen=True)
 class RecipesShow:
@@ -278,12 +258,6 @@ class RecipesShow:
     """of the recipe"""
     json: Flag = False
     """print the settings alone, as JSON"""
-
-    def __call__(self) -> None:
-        """Run it."""
-        from .cookbook import show
-
-        show(self.name, self.json)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,12 +282,6 @@ class RecipesRun:
     """folder to write, else runs/NAME"""
     json: Flag = False
     """print the result as JSON"""
-
-    def __call__(self) -> None:
-        """Run it."""
-        from .training import run_recipe
-
-        run_recipe(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,12 +314,6 @@ class Predict:
     """the images are light where those of the run were dark"""
     json: Flag = False
     """print the predictions as JSON"""
-
-    def __call__(self) -> None:
-        """Run it."""
-        from .inspection import predict
-
-        predict(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,14 +351,10 @@ class AnalyzeGradients:
     """folder of the data sets, else ADAPTAX_DATA, else the user's cache"""
     out: Word = None
     """folder to write, else runs/analyze-STUDY"""
+    format: Format = "png"
+    """of figures, beside PNG"""
     json: Flag = False
     """print the study as JSON"""
-
-    def __call__(self) -> None:
-        """Run it."""
-        from .analysis import gradients
-
-        gradients(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -437,14 +395,10 @@ class AnalyzeTaylor:
     """folder of the data sets, else ADAPTAX_DATA, else the user's cache"""
     out: Word = None
     """folder to write, else runs/analyze-taylor-TASKS"""
+    format: Format = "png"
+    """of figures, beside PNG"""
     json: Flag = False
     """print the expansions as JSON"""
-
-    def __call__(self) -> None:
-        """Run it."""
-        from .analysis import taylor
-
-        taylor(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -488,11 +442,106 @@ class AnalyzeActive:
     """folder of the data sets, if not the one that the runs were trained from"""
     out: Word = None
     """folder to write, else runs/active-TASKS"""
+    format: Format = "png"
+    """of figures, beside PNG"""
     json: Flag = False
     """print the curves as JSON"""
 
-    def __call__(self) -> None:
-        """Run it."""
-        from .active import active
 
-        active(self)
+@dataclasses.dataclass(frozen=True)
+class Pretrain:
+    """Train a classifier of the meta-train classes, whose features `adaptax embed` extracts.
+
+    Classes of validation and test are never seen; the validation accuracy is of images held out of
+    the meta-train classes. Writes a run folder: configuration, metrics, checkpoint, the result and
+    its curve. Ctrl-C saves, and says how to go on.
+
+    DATA is mini_imagenet, omniglot, glyphs (drawn from Matplotlib's fonts, no download) or folder
+    (your images, a class a directory).
+
+    For example:
+      adaptax pretrain mini_imagenet --backbone conv4 --size 42 --epochs 20
+      adaptax pretrain mini_imagenet --backbone resnet12 --epochs 90 --label-smoothing 0.1
+      adaptax pretrain --resume runs/pretrain-conv4-mini_imagenet
+    """
+
+    data: Positional[Annotated[str | None, one(str, "DATA", "a data set", DATA), _NONE]] = None
+    """what to train on"""
+    backbone: Literal["conv4", "resnet12", "wrn28-10"] = "conv4"
+    """the network: conv4 suits a CPU, the others an accelerator"""
+    size: OwnCount = None
+    """side of the images in pixels, to which they are scaled (84; 28 of characters)"""
+    width: OwnCount = None
+    """filters of conv4 (64) or of the first block of resnet12 (64); widening of wrn28-10 (10)"""
+    depth: OwnCount = None
+    """layers of wrn28-10 (28)"""
+    down: Literal["pool", "stride"] = "pool"
+    """how a block of conv4 halves the image; strides are 3 to 4 times as fast"""
+    epochs: Size = 60
+    """passes over the images"""
+    batch: Size = 64
+    """images a step"""
+    rate: Number = 0.1
+    """step size at the start, from where it follows half a cosine to zero"""
+    momentum: Number = 0.9
+    """of the steps, as Nesterov's"""
+    weight_decay: Number = 5e-4
+    """of kernels and matrices"""
+    label_smoothing: Number = 0.0
+    """share of the target that is spread over all classes"""
+    augment: bool = True
+    """change the images at random: shifts, and mirror images and light but for characters"""
+    crop: OwnInt = None
+    """shift by so many pixels at most (a tenth of the side; 2 of characters)"""
+    jitter: OwnFloat = None
+    """change brightness, contrast and saturation by this share at most (0.4; 0 of characters)"""
+    held_out: Number = 0.1
+    """share of the images of each class that are kept for validation"""
+    validate_every: Size = 1
+    """epochs between validations"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the convolutions of resnet12 and wrn28-10; auto is bfloat16 on accelerators"""
+    seed: Seed = 0
+    """names all randomness"""
+    data_root: Word = None
+    """folder of the data sets, else ADAPTAX_DATA, else the user's cache"""
+    path: Word = None
+    """the images of the data set `folder`, a class a directory"""
+    run: Word = None
+    """folder to write, else runs/pretrain-BACKBONE-DATA"""
+    resume: Word = None
+    """go on with the run in this folder, with its own settings"""
+    json: Flag = False
+    """print the result as JSON"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Embed:
+    """Extract the features of every image of all splits, each divided by its length, to a file.
+
+    The file is for the task family `embeddings`. RUN is the folder of `adaptax pretrain`. Instead
+    of a run, --archive reads the embeddings that LEO's authors released
+    (storage.googleapis.com/leo-embeddings/embeddings.zip), which are pickles, without running
+    anything in them.
+
+    For example:
+      adaptax embed runs/pretrain-conv4-mini_imagenet
+      adaptax embed --archive embeddings.zip --out leo.safetensors
+    """
+
+    run: Positional[Annotated[str | None, one(str, "RUN", "a folder"), _NONE]] = None
+    """folder of the run"""
+    out: Word = None
+    """file to write, else RUN/embeddings.safetensors"""
+    batch: Size = 256
+    """images at once"""
+    layer: OwnInt = None
+    """of wrn28-10: the convolution to take features after; LEO's took 21"""
+    data_root: Word = None
+    """folder of the data sets, if not the one that the run was trained from"""
+    archive: Word = None
+    """read LEO's released archive instead, or the folder it was unpacked to"""
+    view: str = "miniImageNet/center"
+    """which embeddings of the archive: also miniImageNet/multiview and tieredImageNet/center"""
+    json: Flag = False
+    """print what was written as JSON"""

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from ..text import escaped
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 class Plain(Console):
@@ -39,18 +35,3 @@ def consoles() -> tuple[Console, Console]:
 def say(text: str) -> None:
     """A line on stderr."""
     Plain(stderr=True, soft_wrap=True).print(f"adaptax: {text}")
-
-
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure."""
-    figure.savefig(path, dpi=160)
-    return path
-
-
-def free_folder(name: str) -> Path:
-    """`runs/name`, or the first of `runs/name-2`, … that does not exist."""
-    path, count = Path("runs", name), 1
-    while path.exists():
-        count += 1
-        path = Path("runs", f"{name}-{count}")
-    return path

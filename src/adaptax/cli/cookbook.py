@@ -9,13 +9,14 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from ..recipes import RECIPES, Recipe, authors
+from .commands import RecipesList, RecipesShow
 from .console import consoles
 from .settings import recipe
 
 
-def show_all(as_json: bool) -> None:
-    """All recipes, a line each."""
-    if as_json:
+def show_all(options: RecipesList) -> None:
+    """`adaptax recipes list`: a line each."""
+    if options.json:
         print(json.dumps([_to_json(one) for one in RECIPES.values()], indent=2, ensure_ascii=False))
         return
     table = Table()
@@ -26,10 +27,10 @@ def show_all(as_json: bool) -> None:
     consoles()[0].print(table)
 
 
-def show(name: str, as_json: bool) -> None:
-    """One recipe: what it does otherwise than its authors, its settings, and Python for it."""
-    found, rows = recipe(name), authors.compare(name)
-    if as_json:
+def show(options: RecipesShow) -> None:
+    """`adaptax recipes show`: what it does otherwise than its authors, its settings, and Python."""
+    found, rows = recipe(options.name), authors.compare(options.name)
+    if options.json:
         content = {**_to_json(found), "settings": [row._asdict() for row in rows]}
         print(json.dumps(content, indent=2, ensure_ascii=False))
         return

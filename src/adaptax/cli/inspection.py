@@ -22,6 +22,7 @@ from rich.table import Table
 from .. import io, metrics
 from ..recipes import ENVIRONMENTS, REGRESSIONS, Experiment, changed, effective
 from ..recipes.runs import adapt_and_predict, load_run
+from ..report.record import dump
 from ..task import Batch
 from ..tasks import images
 from ..tasks.episodes import Design
@@ -30,7 +31,6 @@ from ..tasks.mini_imagenet import IMAGENET_MEAN, IMAGENET_STD
 from ..text import shown
 from .commands import Evaluate, Predict
 from .console import consoles
-from .facts import dump
 from .progress import scoring
 from .training import show
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from ..recipes import schema
-from ..text import shown
+from ..text import LARGEST, MOST, shown
 
 ALGORITHMS = (
     "maml", "fomaml", "anil", "meta-sgd", "maml++", "reptile", "platipus", "bmaml", "emaml",
@@ -48,7 +47,7 @@ def number(
 ) -> PrimitiveConstructorSpec[Any]:
     """One number from `least` to `most`."""
 
-    largest = most or (schema.MOST if kind is int else schema.LARGEST)
+    largest = most or (MOST if kind is int else LARGEST)
 
     def parse(word: str) -> int | float:
         value = kind(word)
@@ -87,6 +86,7 @@ Mapping: TypeAlias = Annotated[
     str | int,
     one(_mapping, "auto|scan|vmap|INT", "auto, scan, vmap or a whole number of 1 or more"),
 ]
+Format: TypeAlias = Literal["png", "pdf", "svg"]
 Flag: TypeAlias = FlagCreatePairsOff[Annotated[bool, _NONE]]
 Algorithm: TypeAlias = Positional[
     Annotated[str | None, one(str, "ALGORITHM", "an algorithm", ALGORITHMS), _NONE]

@@ -77,13 +77,12 @@ def watching(
 
 
 @contextmanager
-def scoring(title: str, episodes: int, console: Console, unit: str = "episodes") -> Iterator[Any]:
-    """The same for the episodes of a test: yields what `evaluate(watch=...)` calls."""
+def scoring(title: str, episodes: int, console: Console) -> Iterator[Any]:
+    """Show a bar for the episodes of a test; yield what `evaluate(watch=...)` calls."""
     bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn(unit),
         console=console,
         transient=True,
         disable=not console.is_terminal,

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
-import os
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from ..recipes import (
@@ -19,10 +15,9 @@ from ..recipes import (
     changed,
     closest,
 )
-from ..tasks.embeddings import width
+from ..recipes.settings import with_path, with_settings
 from ..text import shown
 from .commands import Train
-from .options import ALGORITHMS
 
 FIRST_ORDER = {
     "reptile": "Reptile takes no second derivatives anyway; leave out --first-order",
@@ -31,14 +26,6 @@ FIRST_ORDER = {
     "leo": "LEO differentiates through its inner loop; leave out --first-order",
 }
 """What is said to those who ask for it."""
-
-PATHS = {
-    "folder": "a folder of images, a class a directory",
-    "embeddings": "a file that `adaptax embed` wrote",
-}
-"""Families that want a path, and what is there."""
-
-SECTIONS = ("task", "network", "learner", "outer", "evaluation", "test_task")
 
 
 def experiment_of(asked: Train) -> Experiment:
@@ -100,65 +87,6 @@ def experiment_of(asked: Train) -> Experiment:
     if asked.inner_lr is not None and experiment.tune:
         changes["tune"] = []
     return with_settings(changed(experiment, changes), asked.set)
-
-
-def known(names: Iterable[str]) -> list[str]:
-    """The algorithms of these names, each once.
-
-    Raises:
-        ValueError: if one is none.
-    """
-    for name in names:
-        if name not in ALGORITHMS:
-            raise ValueError(f"{name!r} is no algorithm; there are {', '.join(ALGORITHMS)}")
-    return list(dict.fromkeys(names))
-
-
-def with_path(experiment: Experiment, path: str | None) -> Experiment:
-    """The experiment on the images or embeddings at this path, if it is on such.
-
-    Raises:
-        FileNotFoundError: if there are no embeddings.
-        ValueError: if the task family wants a path and has none, or the other way round.
-    """
-    if experiment.tasks not in PATHS:
-        if path is not None:
-            raise ValueError(
-                f"--path is for the task families {' and '.join(PATHS)}, not for "
-                f"{experiment.tasks}; use --data-root for data sets"
-            )
-        return experiment
-    if path is None:
-        raise ValueError(f"the task family {experiment.tasks} wants --path, "
-                         f"{PATHS[experiment.tasks]}")  # fmt: skip
-    where = Path(os.path.realpath(Path(path).expanduser()))
-    changes: dict[str, Any] = {"task": {"path": str(where)}}
-    if experiment.tasks == "embeddings":
-        changes["network"] = {"linear": width(where)}
-    return changed(experiment, changes)
-
-
-def with_settings(experiment: Experiment, settings: Iterable[str]) -> Experiment:
-    """The experiment with `section.name=value` settings, values in JSON or plain words.
-
-    Raises:
-        ValueError: if a setting is not of that form or names no section.
-    """
-    changes: dict[str, dict[str, Any]] = {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        section, dot, key = name.partition(".")
-        if not equals or not dot or not key or section not in SECTIONS:
-            raise ValueError(
-                f"--set {shown(setting)} is not section.name=value with a section of "
-                f"{', '.join(SECTIONS)}"
-            )
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):  # no JSON, or too long or deep to be a setting
-            value = text
-        changes.setdefault(section, {})[key] = value
-    return changed(experiment, changes)
 
 
 def recipe(name: str) -> Recipe:

@@ -16,7 +16,6 @@ from .. import report
 from ..engine.report import Report
 from ..engine.run import Run
 from ..recipes import (
-    BODIES,
     CURVES,
     IMAGES,
     TITLES,
@@ -29,19 +28,19 @@ from ..recipes.runs import (
     adapt_and_predict,
     experiment_in,
     fit,
+    free_folder,
     new_config,
     nothing_lost,
     start_of,
 )
-from ..report import frames, returns
+from ..report import returns
+from ..report.record import dump, facts, keep
+from ..studies.reinforcement import behaviour
+from ..studies.study import PICTURED
 from . import settings
 from .commands import RecipesRun, Train
-from .console import consoles, free_folder, save_figure
-from .facts import dump, facts, keep
+from .console import consoles
 from .progress import Shown, scoring
-
-PICTURED = 3
-"""Names the test task of the plots."""
 
 
 def train(asked: Train) -> None:
@@ -98,26 +97,13 @@ def pictures(trained: Trained, scores: Report, path: Path) -> list[str]:
             experiment, trained.meta, task.support, task.query.x, experiment.transductive
         )
         figures["episode"] = report.episode_sheet(task, logits)
-    return [str(save_figure(figure, path / f"{name}.png")) for name, figure in figures.items()]
+    return report.save(figures, path)
 
 
 def _returns(trained: Trained, found: Report) -> dict[str, Figure]:
     """Pictures of reinforcement learning."""
     title = TITLES[trained.experiment.algorithm]
     return {"returns": returns.returns_by_step({title: found}), **behaviour(trained)}
-
-
-def behaviour(trained: Trained) -> dict[str, Figure]:
-    """What policies do before and after adaptation, where that can be drawn."""
-    tasks: Any = trained.test.test
-    draw = {"navigation": returns.trajectories, **dict.fromkeys(BODIES, frames.frames)}
-    name = trained.experiment.tasks
-    if name not in draw:
-        return {}
-    figure = draw[name](
-        trained.experiment.build_learner(), trained.meta, tasks, key=jax.random.key(PICTURED)
-    )
-    return {"trajectories" if name == "navigation" else "frames": figure}
 
 
 def _resume(asked: Train) -> None:

@@ -44,10 +44,10 @@ Warn = Callable[[dict[str, Any]], str | None]
 class Watch(Protocol):
     """Follows a training."""
 
-    def start(self, step: int) -> object:
+    def start(self, step: int) -> None:
         """Begin at a step, for a resumed run."""
 
-    def __call__(self, record: dict[str, Any], /) -> object:
+    def __call__(self, record: dict[str, Any], /) -> None:
         """Show a record."""
 
 
@@ -61,7 +61,7 @@ class Progress(Protocol):
         """Follow a training of so many meta-steps."""
         ...
 
-    def scoring(self, title: str, episodes: int) -> AbstractContextManager[Callable[[int], object]]:
+    def scoring(self, title: str, episodes: int) -> AbstractContextManager[Callable[[int], None]]:
         """Follow a test: yields what is told how many episodes are done."""
         ...
 
@@ -75,7 +75,7 @@ class Silent:
         """Show nothing."""
         return nullcontext(_Unseen())
 
-    def scoring(self, title: str, episodes: int) -> AbstractContextManager[Callable[[int], object]]:
+    def scoring(self, title: str, episodes: int) -> AbstractContextManager[Callable[[int], None]]:
         """Show nothing."""
         return nullcontext(lambda done: None)
 
@@ -163,11 +163,21 @@ def experiment_in(config: dict[str, Any], path: Path) -> Experiment:
         raise ValueError(f"{file}: {error}") from None
 
 
+def free_folder(name: str) -> Path:
+    """Return `runs/name`, or the first of `runs/name-2`, … that does not exist."""
+    path, count = Path("runs", name), 1
+    while path.exists():
+        count += 1
+        path = Path("runs", f"{name}-{count}")
+    return path
+
+
 def fit_or_resume(
     experiment: Experiment,
     path: str | os.PathLike[str],
     resume_command: str,
     progress: Progress | None = None,
+    validation: dict[str, Any] | None = None,
     **config: Any,
 ) -> Trained:
     """Train in a folder, or resume the training that was begun there.
@@ -177,17 +187,23 @@ def fit_or_resume(
         path: the run folder.
         resume_command: the command that resumes it.
         progress: shows it; nothing if `None`.
+        validation: arguments of `adaptax.evaluate` for it; as the test, but shorter, if `None`.
         config: arguments of `new_config`.
 
     Raises:
         ValueError: if the folder holds a run of another experiment.
     """
     config = {"data_root": None, **config}
-    return fit(new_config(experiment, **config), Path(path), resume_command, progress)
+    content = new_config(experiment, **config)
+    return fit(content, Path(path), resume_command, progress, validation)
 
 
 def fit(
-    config: dict[str, Any], path: Path, resume_command: str, progress: Progress | None = None
+    config: dict[str, Any],
+    path: Path,
+    resume_command: str,
+    progress: Progress | None = None,
+    validation: dict[str, Any] | None = None,
 ) -> Trained:
     """Train in a folder as its configuration says, up to the choice of the step size.
 
@@ -200,6 +216,7 @@ def fit(
         path: the run folder.
         resume_command: the command that resumes it.
         progress: shows it; nothing if `None`.
+        validation: arguments of `adaptax.evaluate` for it; as the test, but shorter, if `None`.
 
     Raises:
         Interrupted: on Ctrl-C, with `resume_command`.
@@ -222,7 +239,7 @@ def fit(
         with progress.training(title, experiment.steps, warn) as watch:
             if run.checkpoint_file.exists():
                 watch.start(max((record["step"] for record in run.metrics()), default=0))
-            how = {"validation": _validation(experiment), **config["training"]}
+            how = {"validation": validation or _validation(experiment), **config["training"]}
             if experiment.tasks in ENVIRONMENTS:
                 times = 10 if experiment.tasks in BODIES else 20
                 how.setdefault("validate_every", max(experiment.steps // times, 1))

@@ -13,12 +13,7 @@ from typing import Any, Literal, Union
 
 from .. import rl
 from ..task import Splits
-
-MOST = 2**31 - 1
-"""Of whole numbers: sizes and counts are of 32 bits on every device."""
-
-LARGEST = 3e38
-"""Of numbers, as float32 has them."""
+from ..text import LARGEST, MOST
 
 Known = Mapping[str, tuple[Any, Any]]
 """The type and the default value of every setting that something takes."""

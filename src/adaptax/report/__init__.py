@@ -1,20 +1,5 @@
-"""Plots and tables of what was learned: Matplotlib figures and Rich tables."""
+"""Plots and tables of what was learned: Matplotlib figures, and tables for Rich, CSV and LaTeX."""
 
-from .plots import ablation, comparison, learning_curve
-from .predictions import adaptation, adaptations, episode_sheet
-from .tables import comparison_table, number, protocol_line, report_table, returns_table, summary
+import lazy_loader
 
-__all__ = [
-    "ablation",
-    "adaptation",
-    "adaptations",
-    "comparison",
-    "comparison_table",
-    "episode_sheet",
-    "learning_curve",
-    "number",
-    "protocol_line",
-    "report_table",
-    "returns_table",
-    "summary",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

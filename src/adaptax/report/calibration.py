@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..engine.report import Report
-from .style import COLOURS, MARKERS, canvas, styled
+from .style import GREY, canvas, check_some, marks, styled
 
 
 @styled
 def reliability(reports: Mapping[str, Report], *, step: int = -1, title: str = "") -> Figure:
-    """Accuracy by confidence, of the queries of all episodes; below, where their confidences lie.
+    """Draw accuracy by confidence, of the queries of all episodes; below, where confidences lie.
 
     Of a calibrated classifier the points are on the diagonal; below it, it is too sure. The
     expected calibration error of each, weighted by the bars below, is in the legend.
@@ -29,32 +30,27 @@ def reliability(reports: Mapping[str, Report], *, step: int = -1, title: str = "
     Example:
         `adaptax.report.reliability({"MAML": maml, "BMAML": bmaml}).savefig("reliability.png")`
     """
-    _demand(reports, "bins", "classification", "coverage_diagram")
+    _check(reports, "bins", "classification", "coverage_diagram")
     figure, axes = canvas(2, 1, (4.2, 2.2), gridspec_kw={"height_ratios": [3, 1]}, sharex=True)
     above, below = axes[:, 0]
-    above.plot([0, 1], [0, 1], color="#555555", linestyle=":", linewidth=1)
-    for i, (name, report) in enumerate(reports.items()):
+    _diagonal(above, title)
+    for (name, report), how in zip(reports.items(), marks(len(reports))):
         assert report.bins is not None
         count, confidence, right = report.bins[step].T
         some = count > 0
-        colour = COLOURS[i % len(COLOURS)]
-        above.plot(
-            confidence[some] / count[some], right[some] / count[some], color=colour,
-            marker=MARKERS[i % len(MARKERS)], label=f"{name}, ECE {report.ece(step):.3f}",
-        )  # fmt: skip
+        above.plot(confidence[some] / count[some], right[some] / count[some],
+                   label=f"{name}, ECE {report.ece(step):.3f}", **how)  # fmt: skip
         edges = np.linspace(0, 1, len(count) + 1)
-        below.stairs(count / count.sum(), edges, color=colour, fill=True, alpha=0.3)
-    above.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
+        below.stairs(count / count.sum(), edges, color=how["color"], fill=True, alpha=0.3)
+    above.set_ylabel("accuracy")
     below.set(ylim=(0, None), xlabel="confidence", ylabel="share")
-    if title:
-        above.set_title(title, loc="left")
-    above.legend(loc="upper left", fontsize=8)
+    above.legend(loc="upper left")
     return figure
 
 
 @styled
 def coverage_diagram(reports: Mapping[str, Report], *, step: int = -1, title: str = "") -> Figure:
-    """How many targets fall in the central intervals of a regression, by how many should.
+    """Draw how many targets fall in the central intervals of a regression, by how many should.
 
     Of a calibrated regressor the line is the diagonal; below it, its intervals are too narrow. The
     intervals are those of the mixture under the noise that the report names.
@@ -70,28 +66,29 @@ def coverage_diagram(reports: Mapping[str, Report], *, step: int = -1, title: st
     Example:
         `adaptax.report.coverage_diagram({"BMAML": report})`
     """
-    _demand(reports, "quantiles", "regression", "reliability")
+    _check(reports, "quantiles", "regression", "reliability")
     figure, axes = canvas(size=(4.2, 3.4))
     ax = axes[0, 0]
-    ax.plot([0, 1], [0, 1], color="#555555", linestyle=":", linewidth=1)
-    for i, (name, report) in enumerate(reports.items()):
+    _diagonal(ax, title)
+    for (name, report), how in zip(reports.items(), marks(len(reports))):
         assert report.quantiles is not None
         levels = np.arange(1, report.quantiles.shape[1] // 2 + 1) / (report.quantiles.shape[1] // 2)
         found = [report.coverage(level, step) for level in levels]
-        ax.plot(
-            [0, *levels], [0, *found], color=COLOURS[i % len(COLOURS)],
-            marker=MARKERS[i % len(MARKERS)], markevery=2, label=name,
-        )  # fmt: skip
-    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="nominal coverage", ylabel="observed coverage")
-    if title:
-        ax.set_title(title, loc="left")
-    ax.legend(loc="upper left", fontsize=8)
+        ax.plot([0, *levels], [0, *found], markevery=2, label=name, **how)
+    ax.set(xlabel="nominal coverage", ylabel="observed coverage")
+    ax.legend(loc="upper left")
     return figure
 
 
-def _demand(reports: Mapping[str, Report], field: str, kind: str, other: str) -> None:
-    if not reports:
-        raise ValueError("there are no reports to draw; give at least one")
+def _diagonal(ax: Axes, title: str) -> None:
+    ax.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1)
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    ax.set_title(title, loc="left")
+
+
+def _check(reports: Mapping[str, Report], field: str, kind: str, other: str) -> None:
+    """Raise unless there are reports and all are of a kind."""
+    check_some(reports, "reports")
     wrong = [name for name, report in reports.items() if getattr(report, field) is None]
     if wrong:
         raise ValueError(f"{', '.join(wrong)}: no report of {kind}; draw it with {other}")

@@ -15,7 +15,7 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.transforms import Affine2D
 
 from ..learner import Ensemble, Meta, MetaLearner
-from ..rl import Locomotion, Policies, Tasks
+from .returns import before_and_after
 from .style import COLOURS, canvas, styled
 
 SIDE = 1.4
@@ -29,13 +29,13 @@ CANDIDATES = 16
 def frames(
     learner: MetaLearner,
     meta: Meta,
-    tasks: Tasks,
+    tasks: Any,
     *,
     key: PRNGKeyArray,
     steps: int = 1,
     shown: int = 6,
 ) -> Figure:
-    """A robot seen from its side at several times of an episode: a column for each time.
+    """Draw a robot from its side at several times of an episode: a column for each time.
 
     Two rows for each of two tasks, the lowest and the highest goal among several: before
     adaptation and after. The frame follows the robot; the grid, a line each metre, stays on the
@@ -45,7 +45,7 @@ def frames(
     Args:
         learner: any.
         meta: its meta-parameters.
-        tasks: of `adaptax.rl.Locomotion`.
+        tasks: `adaptax.rl.Tasks` of `adaptax.rl.Locomotion`.
         key: names the tasks.
         steps: gradient steps of adaptation.
         shown: frames of an episode, first and last included.
@@ -54,26 +54,22 @@ def frames(
         ValueError: if the environment is not locomotion, or there is nothing to draw.
     """
     env = tasks.env
-    if not isinstance(env, Locomotion):
-        raise ValueError(f"frames are drawn of Locomotion, and the tasks are of "
-                         f"{type(env).__name__}")  # fmt: skip
+    if not hasattr(env, "capsules"):
+        raise ValueError(
+            f"frames are drawn of Locomotion, and the tasks are of {type(env).__name__}"
+        )
     if steps < 1 or shown < 2:
         raise ValueError(f"steps is at least 1 and shown at least 2, not {steps} and {shown}")
 
     def walk(key: PRNGKeyArray) -> tuple[Array, Array, Array]:
         """Capsules, rewards and what counts, before adaptation and after."""
-        task_key, adapt_key, walk_key = jax.random.split(key, 3)
-        task = tasks.sample(task_key)
-        path: Any = learner.iterates(meta, task.support, key=adapt_key, steps=steps)
-        arrays, rest = eqx.partition(path, eqx.is_array)
-        ends = jax.tree.map(lambda leaf: leaf[jnp.array([0, -1])], arrays)
-        source: Any = task.query
+        task, ends, rest, walk_key = before_and_after(learner, meta, tasks, key, steps)
 
         def episode(one: PyTree) -> tuple[Array, Array, Array]:
             policy = eqx.combine(one, rest)
-            policy = policy.ensemble if isinstance(policy, Policies) else policy
+            policy = getattr(policy, "ensemble", policy)
             policy = policy.member(0) if isinstance(policy, Ensemble) else policy
-            return _episode(env, policy, source.task, tasks.horizon, walk_key)
+            return _episode(env, policy, task.query.task, tasks.horizon, walk_key)
 
         return jax.lax.map(episode, ends)
 
@@ -102,7 +98,7 @@ def frames(
 
 
 def _episode(
-    env: Locomotion, policy: Any, task: Any, horizon: int, key: PRNGKeyArray
+    env: Any, policy: Any, task: Any, horizon: int, key: PRNGKeyArray
 ) -> tuple[Array, Array, Array]:
     """The capsules before each step, the reward for it, and whether the episode went on."""
     reset_key, step_key = jax.random.split(key)

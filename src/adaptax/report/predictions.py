@@ -12,14 +12,22 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from .. import program
 from ..learner import Meta, MetaLearner
 from ..task import Batch, Model, Task, TaskDistribution
-from .style import COLOURS, canvas, styled
+from .style import COLOURS, MORE, canvas, styled
 
 GRID = 200
+"""Points of a line that predictions are drawn on."""
+
 SHOWN = (0, 1, 10)
+PREDICTED = (*(COLOURS[i] for i in (5, 4, 0, 3, 2)), *MORE)
+"""Of predictions after several numbers of steps; the truth is black, the support orange."""
+
+RIGHT, WRONG = COLOURS[2], COLOURS[1]
+"""Frames of queries by whether they were told right."""
 
 
 def adaptation(
@@ -31,7 +39,7 @@ def adaptation(
     steps: Sequence[int] = SHOWN,
     title: str = "",
 ) -> Figure:
-    """One regression task: the true function, the support points, and the adapted predictions.
+    """Draw one regression task: the true function, the support, and the adapted predictions.
 
     Args:
         learner: any.
@@ -59,7 +67,7 @@ def adaptations(
     key: PRNGKeyArray,
     steps: Sequence[int] = SHOWN,
 ) -> Figure:
-    """`adaptation` of several learners to the same task, side by side.
+    """Draw `adaptation` of several learners to the same task, side by side.
 
     Args:
         learners: a learner and its meta-parameters for each title.
@@ -67,27 +75,26 @@ def adaptations(
         key: names the task.
         steps: numbers of adaptation steps to draw predictions after.
     """
-    task = program.call(tasks.sample, key)
+    task = sampled(tasks, key)
+    check_curves(task, "the adaptation picture wants")
     size = (4.6, 3.2) if len(learners) == 1 else (3.1, 2.9)
     figure, axes = canvas(1, len(learners), size, sharey=True)
+    (x,) = sides(task, GRID)
+    x = x[:, None]
     for ax, (title, (learner, meta)) in zip(axes[0], learners.items()):
-        _curves(ax, learner, meta, task, key, steps)
         if hasattr(tasks, "function"):
-            x = _grid(task)
-            ax.plot(x, np.asarray(tasks.function(key)(x)), color="black", label="truth", zorder=2)
+            truth: Any = (x, np.asarray(tasks.function(key)(jnp.asarray(x))))
         else:
-            x, y = np.asarray(task.query.x), np.asarray(task.query.y)
-            ax.plot(x, y, ".", color="black", label="truth", zorder=2)
+            truth = (np.asarray(task.query.x), np.asarray(task.query.y))
+        mark = "-" if hasattr(tasks, "function") else "."
+        ax.plot(*truth, mark, color="black", label="truth", zorder=2)
+        _curves(ax, learner, meta, task, key, steps, x)
         ax.set_xlabel("x")
-        if title:
-            ax.set_title(title, loc="left")
+        ax.set_title(title, loc="left")
     axes[0, 0].set_ylabel("y")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    order = np.argsort([label != "truth" for label in labels], kind="stable")
-    figure.legend(
-        [handles[i] for i in order], [labels[i] for i in order],
-        loc="outside lower center", ncols=3 if len(learners) == 1 else len(labels), fontsize=8,
-    )  # fmt: skip
+    columns = 3 if len(learners) == 1 else len(labels)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
     return figure
 
 
@@ -99,7 +106,7 @@ def episode_sheet(
     names: Sequence[str] | None = None,
     per_class: int = 5,
 ) -> Figure:
-    """The images of an episode, a row a class: support to the left, queries to the right.
+    """Draw the images of an episode, a row a class: support to the left, queries to the right.
 
     Args:
         task: of images `(n, height, width, channels)` in [0, 1], with integer labels.
@@ -115,50 +122,98 @@ def episode_sheet(
     support, query = _images(task.support), _images(task.query)
     labels = sorted({*support.labels.tolist(), *query.labels.tolist()})
     names = [f"class {label}" for label in labels] if names is None else list(names)
-    shots = min(per_class, max(int(np.sum(support.labels == label)) for label in labels))
-    queries = min(per_class, max(int(np.sum(query.labels == label)) for label in labels))
-    probabilities = None if predictions is None else np.asarray(_probabilities(predictions))
+    shots, queries = (
+        min(per_class, max(int(np.sum(batch.labels == label)) for label in labels))
+        for batch in (support, query)
+    )
+    probabilities = None if predictions is None else _probabilities(predictions)
     # An empty column keeps support and queries apart. Laid out by hand, in inches, since captions
     # may be wider than the images they belong to.
     widths = [1.0] * shots + [0.35] + [1.0] * queries
-    cell, gap = 0.8, 0.5 if probabilities is not None else 0.15
-    left, top = 0.2 + 0.075 * max(map(len, names)), 0.55
-    width, height = left + cell * 1.12 * sum(widths) + 0.15, top + len(labels) * (cell + gap)
+    cell, gap = 0.8, 0.15 if probabilities is None else 0.5
+    left, top, bottom = 0.2 + 0.075 * max(map(len, names)), 0.55, 0.1 if gap < 0.5 else 0.35
+    width = left + cell * 1.12 * sum(widths) + 0.15
+    height = top + len(labels) * (cell + gap) + bottom - 0.1
     figure, axes = canvas(
         len(labels), len(widths), (width / len(widths), height / len(labels)),
         gridspec_kw={"width_ratios": widths}, layout="none",
     )  # fmt: skip
     figure.subplots_adjust(
-        left=left / width, right=1 - 0.15 / width, top=1 - top / height, bottom=0.1 / height,
+        left=left / width, right=1 - 0.15 / width, top=1 - top / height, bottom=bottom / height,
         wspace=0.12, hspace=gap / cell,
     )  # fmt: skip
     for ax in axes.flat:
         ax.set_axis_off()
     for row, (label, name) in enumerate(zip(labels, names)):
         for column, i in enumerate(np.flatnonzero(support.labels == label)[:shots]):
-            _show(axes[row, column], support.pixels[i], "#888888")
+            show_image(axes[row, column], support.pixels[i])
         axes[row, 0].text(
             -0.12, 0.5, name, transform=axes[row, 0].transAxes, ha="right", va="center", fontsize=8
         )
         for column, i in enumerate(np.flatnonzero(query.labels == label)[:queries]):
             ax = axes[row, shots + 1 + column]
             if probabilities is None:
-                _show(ax, query.pixels[i], "#888888")
+                show_image(ax, query.pixels[i])
                 continue
             taken = int(probabilities[i].argmax())
-            right = taken == label
-            _show(ax, query.pixels[i], COLOURS[2] if right else COLOURS[1])
-            said = f"{probabilities[i][taken]:.0%}"
+            right, said = taken == label, f"{probabilities[i].max():.0%}"
+            show_image(ax, query.pixels[i], RIGHT if right else WRONG)
             ax.set_title(
                 said if right else f"{names[taken]}?\n{said}", fontsize=7, pad=2, linespacing=1.0,
-                color="black" if right else COLOURS[1],
+                color="black" if right else WRONG,
             )  # fmt: skip
     narrow = predictions is None or axes.shape[1] - shots < 5
     caption = "queries" if narrow else "queries, and what they were taken for"
     for column, text in ((0, "support"), (shots + 1, caption)):
         x = axes[0, column].get_position().x0
         figure.text(x, 1 - 0.08 / height, text, va="top", fontsize=9, fontweight="bold")
+    if probabilities is not None:
+        handles = [Patch(color=RIGHT, label="told right"), Patch(color=WRONG, label="told wrong")]
+        figure.legend(handles=handles, loc="lower right", ncols=2, fontsize=7)
     return figure
+
+
+def sampled(tasks: TaskDistribution, key: PRNGKeyArray) -> Task:
+    """Return the task that a key names."""
+    if tasks.on_host:
+        return tasks.sample(key)
+    return program.call(tasks.sample, key)
+
+
+def check_curves(task: Task, wants: str) -> None:
+    """Raise unless inputs and outputs of a task are numbers."""
+    if task.support.x.shape[1:] != (1,) or task.support.y.shape[1:] != (1,):
+        raise ValueError(
+            f"{wants} inputs and outputs of shape (n, 1), not {task.support.x.shape} and "
+            f"{task.support.y.shape}"
+        )
+
+
+def sides(task: Task, count: int) -> list[np.ndarray]:
+    """Return evenly spaced points over each input's range in the task, and a little beyond."""
+    seen = np.concatenate([np.asarray(task.support.x), np.asarray(task.query.x)])
+    low, high = seen.min(axis=0), seen.max(axis=0)
+    margin = 0.02 * (high - low)
+    return [np.linspace(a, b, count, dtype=seen.dtype) for a, b in zip(low - margin, high + margin)]
+
+
+def draw_support(ax: Axes, task: Task) -> None:
+    """Draw the support of a regression task of one input."""
+    ax.plot(
+        np.asarray(task.support.x)[:, 0], np.asarray(task.support.y)[:, 0], "^", color=COLOURS[1],
+        markersize=7, markeredgecolor="white", label="support", zorder=5,
+    )  # fmt: skip
+
+
+def show_image(ax: Axes, image: Any, frame: str = "#888888") -> None:
+    """Draw an image of pixels in [0, 1], in a frame of a colour."""
+    image = np.clip(np.asarray(image, float), 0, 1).squeeze()
+    ax.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    ax.set_axis_on()
+    ax.set(xticks=[], yticks=[])
+    ax.grid(False)
+    for spine in ax.spines.values():
+        spine.set(visible=True, color=frame, linewidth=2.0)
 
 
 class _Images(eqx.Module):
@@ -178,64 +233,39 @@ def _images(batch: Batch) -> _Images:
     return _Images(pixels, labels)
 
 
-def _probabilities(logits: Float[Array, "*particles n way"]) -> Float[Array, "n way"]:
-    p = jax.nn.softmax(jnp.asarray(logits), axis=-1)
+def _probabilities(logits: Float[Array, "*particles n way"]) -> Float[np.ndarray, "n way"]:
+    p = np.asarray(jax.nn.softmax(jnp.asarray(logits), axis=-1))
     return p.mean(axis=0) if p.ndim == 3 else p
 
 
-def _show(ax: Axes, image: np.ndarray, frame: str) -> None:
-    ax.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    ax.set_axis_on()
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.grid(False)
-    for spine in ax.spines.values():
-        spine.set(visible=True, color=frame, linewidth=1.8)
-
-
-def _grid(task: Task) -> np.ndarray:
-    seen = np.concatenate([np.asarray(task.support.x), np.asarray(task.query.x)])
-    margin = 0.02 * float(np.ptp(seen))
-    return np.linspace(seen.min() - margin, seen.max() + margin, GRID)[:, None].astype(np.float32)
-
-
 def _curves(
-    ax: Axes, learner: MetaLearner, meta: Meta, task: Task, key: PRNGKeyArray, steps: Sequence[int]
+    ax: Axes,
+    learner: MetaLearner,
+    meta: Meta,
+    task: Task,
+    key: PRNGKeyArray,
+    steps: Sequence[int],
+    x: np.ndarray,
 ) -> None:
-    if task.support.x.shape[1:] != (1,) or task.support.y.shape[1:] != (1,):
-        raise ValueError(
-            "the adaptation picture wants inputs and outputs of shape (n, 1), not "
-            f"{task.support.x.shape} and {task.support.y.shape}"
-        )
-    x = _grid(task)
-    predictions, length = _predictions(learner, meta, task, key, max(steps), x)
+    """Draw predictions after each of some numbers of steps, and the support."""
+    path = learner.iterates(meta, task.support, key=key, steps=max(steps))
+    predictions = np.asarray(program.call(_along, path, jnp.asarray(x)))
+    length = len(predictions)
     drawn = [step for step in steps if step < length] if length > 1 else [0]
     styles: list[Any] = [":", (0, (5, 1.5)), "-", "-."]
     for i, step in enumerate(drawn):
         y = predictions[step]
         label = "adapted" if length == 1 else f"{step} step{'s' * (step != 1)}"
-        colour = (COLOURS[5], COLOURS[4], COLOURS[0], COLOURS[3])[i % 4]
+        colour = PREDICTED[i % len(PREDICTED)]
         if y.ndim == 3:
             low, high = y.mean(0) - 2 * y.std(0), y.mean(0) + 2 * y.std(0)
             ax.fill_between(x[:, 0], low[:, 0], high[:, 0], color=colour, alpha=0.2, linewidth=0)
             y = y.mean(0)
         ax.plot(x[:, 0], y[:, 0], color=colour, linestyle=styles[i % 4], label=label, zorder=3)
-    ax.plot(
-        np.asarray(task.support.x)[:, 0], np.asarray(task.support.y)[:, 0], "^", color=COLOURS[1],
-        markersize=7, markeredgecolor="white", label="support", zorder=5,
-    )  # fmt: skip
-
-
-def _predictions(
-    learner: MetaLearner, meta: Meta, task: Task, key: PRNGKeyArray, steps: int, x: np.ndarray
-) -> tuple[np.ndarray, int]:
-    """Predictions `(steps, [particles,] n, 1)` after every step, and how many there are."""
-
-    path = learner.iterates(meta, task.support, key=key, steps=steps)
-    predictions = np.asarray(program.call(_along, path, jnp.asarray(x)))
-    return predictions, len(predictions)
+    draw_support(ax, task)
 
 
 def _along(path: Model, x: Array) -> Array:
+    """Predict with every model of a path."""
     arrays, rest = eqx.partition(path, eqx.is_array)
     return jax.lax.map(lambda one: eqx.combine(one, rest)(x), arrays)

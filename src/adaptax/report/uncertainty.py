@@ -12,26 +12,41 @@ from jax.scipy.special import ndtr
 from jaxtyping import Array, Float, PRNGKeyArray
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from .. import program
 from ..engine.predict import learned_noise, predictions
 from ..learner import Meta, MetaLearner
-from ..studies.active import ActiveCurves
-from ..task import Batch, Model, Task, TaskDistribution
-from ..tasks import score_readings
-from .style import COLOURS, MARKERS, METRICS, canvas, scale, styled
+from ..task import Batch, Model, TaskDistribution
+from .predictions import (
+    GRID,
+    RIGHT,
+    WRONG,
+    check_curves,
+    draw_support,
+    sampled,
+    show_image,
+    sides,
+)
+from .style import COLOURS, GREY, METRICS, band, canvas, check_some, marks, stroke, styled
+from .tables import scale
 
 Learners = Mapping[str, tuple[MetaLearner, Meta]]
 """A learner and its meta-parameters for each title."""
 
-GRID = 200
 SIDE = 150
-"""Points of the grids that predictions are drawn on: on a line, and on each side of a square."""
+"""Points on each side of a square that predictions are drawn on."""
 
+LINES = 20
+"""Boundaries of samples in one picture: more of them hide what is under them."""
 _LINES: dict[str, Any] = {"entropy": "-", "disagreement": (0, (1, 1)), "random": (0, (4, 1.5))}
+_TRUTH: Any = (0, (4, 1.5))
+_POINTS: tuple[dict[str, Any], ...] = tuple(
+    {"color": colour, "marker": marker, "linestyle": "", "markersize": 5.5,
+     "markeredgecolor": "black", "markeredgewidth": 0.6}
+    for colour, marker in ((COLOURS[3], "o"), (COLOURS[4], "^"))
+)  # fmt: skip
+"""Of a support in the plane, by label."""
 
 
 @styled
@@ -44,7 +59,7 @@ def sampled_functions(
     noise: float | str = 1.0,
     level: float = 0.9,
 ) -> Figure:
-    """What each sample takes the function of a task to be: a row for each task.
+    """Draw what each sample takes the function of a task to be: a row for each task.
 
     The band is where a new target should lie with probability `level`: the central interval of the
     mixture under the noise, solved for, as in `adaptax.metrics.coverage`.
@@ -64,20 +79,16 @@ def sampled_functions(
         `sampled_functions({"MAML": (maml, a), "PLATIPUS": (platipus, b)}, tasks.test, key=key,
         noise=0.3)`
     """
-    _demand(learners, rows)
+    _check(learners, rows)
     if noise != "learned" and (isinstance(noise, str) or not noise > 0):
         raise ValueError(f'noise is a positive standard deviation or "learned", not {noise!r}')
     if not 0 < level < 1:
         raise ValueError(f"level is between 0 and 1, not {level}")
     figure, axes = canvas(rows, len(learners), (2.9, 2.2), sharex=True, sharey="row")
     for row, own in zip(axes, jax.random.split(key, rows)):
-        task = _sample(tasks, own)
-        if task.support.x.shape[1:] != (1,) or task.support.y.shape[1:] != (1,):
-            raise ValueError(
-                "sampled functions are drawn of inputs and outputs of shape (n, 1), not "
-                f"{task.support.x.shape} and {task.support.y.shape}"
-            )
-        x = _line(task)
+        task = sampled(tasks, own)
+        check_curves(task, "sampled functions are drawn of")
+        x = sides(task, GRID)[0][:, None]
         known = [np.asarray(task.support.y)]
         if hasattr(tasks, "function"):
             known.append(np.asarray(tasks.function(own)(jnp.asarray(x))))
@@ -88,38 +99,30 @@ def sampled_functions(
             ax.fill_between(x[:, 0], low, high, color=COLOURS[5], alpha=0.3, linewidth=0, zorder=1)
             ax.plot(x[:, 0], f[..., 0].T, color=COLOURS[0], linewidth=0.8, alpha=0.7, zorder=2)
             if len(known) > 1:
-                ax.plot(x[:, 0], known[1][:, 0], color="black", linestyle=(0, (4, 1.5)), zorder=3)
-            ax.plot(
-                np.asarray(task.support.x)[:, 0], known[0][:, 0], "^", color=COLOURS[1],
-                markersize=7, markeredgecolor="white", zorder=5,
-            )  # fmt: skip
+                ax.plot(x[:, 0], known[1][:, 0], color="black", linestyle=_TRUTH, zorder=3)
+            draw_support(ax, task)
         # A sample that goes astray far from the support should not flatten all the others.
         bottom, top = (float(f(np.concatenate(known))) for f in (np.min, np.max))
         margin = 0.35 * max(top - bottom, 1.0)
         row[0].set(ylim=(bottom - margin, top + margin), ylabel="y")
     _titles(axes, learners, "x")
+    truth = [stroke("black", linestyle=_TRUTH, label="truth")] if len(known) > 1 else []
     handles = [
-        *([_stroke("black", linestyle=(0, (4, 1.5)))] if len(known) > 1 else []),
-        _stroke(COLOURS[1], marker="^", linestyle="", markersize=7, markeredgecolor="white"),
-        _stroke(COLOURS[0], linewidth=0.8),
-        Patch(color=COLOURS[5], alpha=0.3, linewidth=0),
-    ]
-    names = ["truth", "support", "samples", f"{100 * level:g} % interval"]
-    figure.legend(
-        handles, names[-len(handles) :], loc="outside lower center", ncols=len(handles), fontsize=8
-    )
+        *truth,
+        stroke(COLOURS[1], marker="^", linestyle="", markersize=7, markeredgecolor="white",
+               label="support"),
+        stroke(COLOURS[0], linewidth=0.8, label="samples"),
+        Patch(color=COLOURS[5], alpha=0.3, linewidth=0, label=f"{100 * level:g} % interval"),
+    ]  # fmt: skip
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
-
-
-LINES = 20
-"""Boundaries of samples in one picture: more of them hide what is under them."""
 
 
 @styled
 def decision_boundaries(
     learners: Learners, tasks: TaskDistribution, *, key: PRNGKeyArray, rows: int = 2
 ) -> Figure:
-    """Where each sample draws the line between two classes in the plane: a row for each task.
+    """Draw the boundary of each sample between two classes in the plane: a row for each task.
 
     The shade is the mixture's probability of label 1. A sample that gives all points the same
     label has no boundary; how many do is written in the corner. Of more than `LINES` samples the
@@ -139,18 +142,20 @@ def decision_boundaries(
         `decision_boundaries({"BMAML": (learner, result.meta)}, adaptax.tasks.circles().test,
         key=key)`
     """
-    _demand(learners, rows)
+    _check(learners, rows)
     figure, axes = canvas(rows, len(learners), (2.7, 2.5), sharex=True, sharey=True)
     shade: Any = None
+    seen: set[int] = set()
     for row, own in zip(axes, jax.random.split(key, rows)):
-        task = _sample(tasks, own)
+        task = sampled(tasks, own)
         if task.support.x.shape[1:] != (2,) or task.support.y.dtype.kind not in "iu":
             raise ValueError(
                 "decision boundaries are drawn of inputs of shape (n, 2) with integer labels, not "
                 f"{task.support.x.shape} with {task.support.y.dtype}"
             )
-        sides = _sides(task, SIDE)
-        x = np.stack(np.meshgrid(*sides), axis=-1).reshape(-1, 2)
+        square = sides(task, SIDE)
+        x = np.stack(np.meshgrid(*square), axis=-1).reshape(-1, 2)
+        seen |= {int(label) for label in np.asarray(task.support.y)}
         for ax, (learner, meta) in zip(row, learners.values()):
             _, logits = _predictions(learner, meta, task.support, x, own)
             if logits.shape[-1] != 2:
@@ -159,42 +164,35 @@ def decision_boundaries(
                 )
             p = np.asarray(jax.nn.softmax(logits)[..., 1]).reshape(-1, SIDE, SIDE)
             shade = ax.pcolormesh(
-                *sides, p.mean(axis=0), cmap="Blues", vmin=0, vmax=1, shading="gouraud",
+                *square, p.mean(axis=0), cmap="Blues", vmin=0, vmax=1, shading="gouraud",
                 rasterized=True,
             )  # fmt: skip
             width = 0.9 if len(p) < LINES else 0.6
-            drawn = [_boundary(ax, sides, one, COLOURS[1], width, "solid") for one in p[:LINES]]
+            drawn = [_boundary(ax, square, one, COLOURS[1], width, "solid") for one in p[:LINES]]
             if not all(drawn):
                 ax.text(0.03, 0.03, f"{len(drawn) - sum(drawn)} of {len(drawn)} without boundary",
                         transform=ax.transAxes, fontsize=7)  # fmt: skip
             if hasattr(tasks, "function"):
-                fine = _sides(task, 4 * SIDE)
+                fine = sides(task, 4 * SIDE)
                 every = np.stack(np.meshgrid(*fine), axis=-1).reshape(-1, 2)
                 labels = np.asarray(tasks.function(own)(jnp.asarray(every)), float)
                 _boundary(ax, fine, labels.reshape(4 * SIDE, -1), "black", 1.4, "dashed")
             for label in (0, 1):
                 mine = np.asarray(task.support.x)[np.asarray(task.support.y) == label]
-                ax.plot(*mine.T, "o^"[label], color=COLOURS[4 if label else 3], markersize=5.5,
-                        markeredgecolor="black", markeredgewidth=0.6, zorder=5)  # fmt: skip
+                ax.plot(*mine.T, zorder=5, **_POINTS[label])
             ax.set_aspect("equal")
             ax.grid(False)
         row[0].set_ylabel("x₂")
     _titles(axes, learners, "x₁")
     figure.colorbar(shade, ax=axes, label="probability of label 1", shrink=0.7, aspect=30)
-    points: dict[str, Any] = {"linestyle": "", "markeredgecolor": "black", "markersize": 5.5}
-    seen = {int(label) for label in np.asarray(task.support.y)}
-    handles = {
-        "truth": _stroke("black", linestyle="dashed"),
-        "support, label 1": _stroke(COLOURS[4], marker="^", **points) if 1 in seen else None,
-        "support, label 0": _stroke(COLOURS[3], marker="o", **points) if 0 in seen else None,
-        "samples": _stroke(COLOURS[1], linewidth=0.9),
-    }
-    if not hasattr(tasks, "function"):
-        handles["truth"] = None
-    shown = {name: handle for name, handle in handles.items() if handle is not None}
-    figure.legend(
-        list(shown.values()), list(shown), loc="outside lower center", ncols=len(shown), fontsize=8
+    truth = (
+        [stroke("black", linestyle="dashed", label="truth")] if hasattr(tasks, "function") else []
     )
+    support = [
+        stroke(**_POINTS[label], label=f"support, label {label}") for label in sorted(seen)[::-1]
+    ]
+    handles = [*truth, *support, stroke(COLOURS[1], linewidth=0.9, label="samples")]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
 
 
@@ -202,7 +200,7 @@ def decision_boundaries(
 def attribute_sheet(
     learner: MetaLearner, meta: Meta, tasks: Any, *, key: PRNGKeyArray, per_label: int = 4
 ) -> Figure:
-    """An ambiguous task of images, and which of its readings the samples of a learner chose.
+    """Draw an ambiguous task of images, and which of its readings the samples of a learner chose.
 
     Above, the support. Below, a row for each reading: queries that fit it, framed by whether the
     mixture is right; and how likely each sample finds the queries of the reading, by the geometric
@@ -229,7 +227,7 @@ def attribute_sheet(
         )
     if per_label < 1:
         raise ValueError(f"per_label is 1 or more, not {per_label}")
-    task, readings = _sample(tasks, key), tasks.readings(key)
+    task, readings = sampled(tasks, key), tasks.readings(key)
     if task.query.size == 0 or task.support.x.ndim != 4:
         raise ValueError(
             "an attribute sheet wants images (n, height, width, channels), of support and of "
@@ -237,20 +235,26 @@ def attribute_sheet(
         )
     _, logits = _predictions(learner, meta, task.support, task.query.x, key)
     logits = logits if logits.ndim == 3 else logits[None]
-    score = score_readings(jnp.asarray(logits), jnp.asarray(task.query.y), len(readings))
-    y = np.asarray(task.query.y)
+    y, count = np.asarray(task.query.y), len(readings)
     log_p = np.asarray(jax.nn.log_softmax(logits))
     mixture = np.exp(log_p).mean(axis=0)
-    likely = log_p[:, np.arange(len(y)), y].reshape(len(log_p), len(readings), -1).mean(axis=-1)
+    by_reading = (len(log_p), count, -1)
+    likely = log_p[:, np.arange(len(y)), y].reshape(by_reading).mean(axis=-1)
     chosen = likely.argmax(axis=1)
+    right = (logits.argmax(axis=-1) == y).reshape(by_reading).mean(axis=-1)
+    accuracy = 100 * right[np.arange(len(chosen)), chosen].mean()
 
-    images = _Sheet(task, per_label)
+    # Rows of support and queries, the first few of each label.
+    shown = {
+        label: np.flatnonzero(np.asarray(task.support.y) == label)[:per_label] for label in (0, 1)
+    }
+    wide = max(map(len, shown.values()))
     size, gap, left, top, head = 0.85, 0.07, 1.25, 0.62, 0.42
-    middle = left + images.width * (size + gap) + 0.25
+    middle = left + wide * (size + gap) + 0.25
     below = top + size + gap + head
-    matrix = middle + images.width * (size + gap) + 0.3
+    matrix = middle + wide * (size + gap) + 0.3
     cells = max(0.24 * len(log_p), 0.9)
-    width, height = matrix + cells + 0.75, below + len(readings) * (size + gap) + 0.5
+    width, height = matrix + cells + 0.75, below + count * (size + gap) + 0.5
     figure = Figure(figsize=(width, height), layout="none")  # type: ignore[arg-type]
 
     def place(x: float, y: float, wide: float, high: float) -> Axes:
@@ -260,11 +264,9 @@ def attribute_sheet(
         how = {"fontsize": 9, "va": "center", **how}
         figure.text(x / width, 1 - y / height, text, **how)
 
-    covered = int(score["coverage"])
     write(
-        0.12, 0.17, f"{len(log_p)} sample{'s' * (len(log_p) != 1)}: {covered} of {len(readings)} "
-        f"reading{'s' * (len(readings) != 1)} chosen, accuracy on them "
-        f"{100 * float(score['accuracy']):.0f} %",
+        0.12, 0.17, f"{len(log_p)} sample{'s' * (len(log_p) != 1)}: {len(set(chosen))} of {count} "
+        f"reading{'s' * (count != 1)} chosen, accuracy on them {accuracy:.0f} %",
         fontsize=10, fontweight="bold",
     )  # fmt: skip
     write(left, top - 0.13, "support with all", fontweight="bold")
@@ -273,9 +275,8 @@ def attribute_sheet(
     text = "\n".join(name.replace("_", " ") for name in everything)
     write(left - 0.1, top + size / 2, text, ha="right", fontsize=7.5)
     for start, label in ((left, 1), (middle, 0)):
-        for column, i in enumerate(images.support[label]):
-            ax = place(start + column * (size + gap), top, size, size)
-            _face(ax, task.support.x[i], "#888888")
+        for column, i in enumerate(shown[label]):
+            show_image(place(start + column * (size + gap), top, size, size), task.support.x[i])
     write(left, below - 0.13, "queries with both", fontweight="bold")
     write(middle, below - 0.13, "queries with neither", fontweight="bold")
     write(matrix, below - 0.13, "chosen by", fontweight="bold")
@@ -284,17 +285,16 @@ def attribute_sheet(
         text = "\nand ".join(name.replace("_", " ") for name in reading)
         write(left - 0.1, y_at + size / 2, text, ha="right", fontsize=7.5)
         for start, label in ((left, 1), (middle, 0)):
-            for column, i in enumerate(images.queries(row, len(readings), label)):
-                right = mixture[i].argmax() == label
+            fitting = np.flatnonzero((y == label) & (np.arange(len(y)) * count // len(y) == row))
+            for column, i in enumerate(fitting[:wide]):
                 ax = place(start + column * (size + gap), y_at, size, size)
-                _face(ax, task.query.x[i], COLOURS[2] if right else COLOURS[1])
+                show_image(ax, task.query.x[i], RIGHT if mixture[i].argmax() == label else WRONG)
                 ax.text(0.96, 0.05, f"{mixture[i][label]:.0%}", transform=ax.transAxes, ha="right",
                         fontsize=6.5, color="white", bbox={"pad": 0.8, "facecolor": "black",
                         "alpha": 0.6, "linewidth": 0})  # fmt: skip
         write(matrix + cells + 0.08, y_at + size / 2, f"{np.sum(chosen == row)} of {len(log_p)}",
               fontsize=8)  # fmt: skip
-    high = len(readings) * (size + gap) - gap
-    ax = place(matrix, below, cells, high)
+    ax = place(matrix, below, cells, count * (size + gap) - gap)
     ax.imshow(np.exp(likely.T), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     ax.plot(np.arange(len(chosen)), chosen, "o", color=COLOURS[1], markeredgecolor="white",
             markersize=7)  # fmt: skip
@@ -302,21 +302,19 @@ def attribute_sheet(
     ax.set_xlabel("samples", fontsize=8)
     ax.grid(False)
     write(
-        left, height - 0.2, "frames and figures: whether the mixture is right, and its probability "
-        "of being so; shade: likelihood of the reading's queries by each sample, 0 to 1",
-        fontsize=7,
+        left, height - 0.2, "green frame: the mixture is right, orange: wrong; figure: its "
+        "probability of the label; shade: likelihood of the reading's queries by each sample, 0 to "
+        "1; dot: the reading it chose", fontsize=7,
     )  # fmt: skip
     return figure
 
 
 @styled
-def active_curves(
-    curves: ActiveCurves | Mapping[str, ActiveCurves], *, metric: str | None = None, title: str = ""
-) -> Figure:
-    """Scores by number of labels, asked for and at random, and the paired differences from random.
+def active_curves(curves: Any, *, metric: str | None = None, title: str = "") -> Figure:
+    """Draw scores by number of labels, and the paired differences from random choice.
 
     Args:
-        curves: of one learner, or of several by name.
+        curves: `adaptax.studies.ActiveCurves` of one learner, or of several by name.
         metric: the primary one if `None`.
         title: of the picture.
 
@@ -326,80 +324,47 @@ def active_curves(
     Example:
         `active_curves({"MAML": a, "BMAML": b}).savefig("active.png")`
     """
-    several = {"": curves} if isinstance(curves, ActiveCurves) else dict(curves)
-    if not several:
-        raise ValueError("there are no curves to draw; give at least one")
+    several: dict[str, Any] = dict(curves) if isinstance(curves, Mapping) else {"": curves}
+    check_some(several, "curves")
     name = next(iter(several.values())).primary if metric is None else metric
-    chosen = {s: None for one in several.values() for s in one.values if s != "random"}
+    drawn = [(learner, strategy) for learner, one in several.items() for strategy in one.values]
+    chosen = dict.fromkeys(strategy for _, strategy in drawn if strategy != "random")
     both = bool(chosen) and all("random" in one.values for one in several.values())
     figure, axes = canvas(1, 2 if both else 1, (4.0, 3.2))
     left, factor = axes[0, 0], scale(name)
-    for i, (learner, one) in enumerate(several.items()):
-        for j, strategy in enumerate(one.values):
-            colour = COLOURS[(j if len(several) == 1 else i) % len(COLOURS)]
-            marker = MARKERS[(j if len(several) == 1 else i) % len(MARKERS)]
-            _band(
-                left, one.labels, factor * one.mean(strategy, name),
-                factor * one.ci95(strategy, name), color=colour, marker=marker,
-                linestyle=_LINES[strategy], label=f"{learner}, {strategy}" if learner else strategy,
-            )  # fmt: skip
-        if both:
-            for strategy in one.informed:
-                j = list(one.values).index(strategy)
-                mean, half = one.difference(name, of=strategy)
-                _band(
-                    axes[0, 1], one.labels, factor * mean, factor * half,
-                    color=COLOURS[(j if len(several) == 1 else i) % len(COLOURS)],
-                    marker=MARKERS[(j if len(several) == 1 else i) % len(MARKERS)],
-                    linestyle=_LINES[strategy],
-                    label=", ".join(filter(None, (learner, strategy if len(chosen) > 1 else ""))),
-                )  # fmt: skip
+    for (learner, strategy), how in zip(drawn, marks(len(drawn))):
+        one, how = several[learner], {**how, "linestyle": _LINES[strategy]}
+        mean, half = one.mean(strategy, name), one.ci95(strategy, name)
+        label = ", ".join(filter(None, (learner, strategy)))
+        band(left, one.labels, factor * mean, factor * half, label=label, **how)
+        if both and strategy in one.informed:
+            mean, half = one.difference(name, of=strategy)
+            label = ", ".join(filter(None, (learner, strategy if len(chosen) > 1 else "")))
+            band(axes[0, 1], one.labels, factor * mean, factor * half, label=label, **how)
     shown = METRICS.get(name, name)
     left.set(xlabel="labels", ylabel=shown)
     left.set_title(title or "mean and 95 % CI", loc="left")
-    left.legend(fontsize=8, handlelength=3)
+    left.legend(handlelength=3)
     if both:
         right = axes[0, 1]
-        right.axhline(0, color="#555555", linestyle=":", linewidth=1)
+        right.axhline(0, color=GREY, linestyle=":", linewidth=1)
         right.set(xlabel="labels", ylabel="difference in " + shown.replace("(%)", "(points)"))
         one_way = next(iter(chosen)) if len(chosen) == 1 else "chosen"
         right.set_title(f"{one_way} − random, paired", loc="left")
         if len(several) * len(chosen) > 1:
-            right.legend(fontsize=8)
+            right.legend()
     for ax in axes.flat:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
-class _Sheet:
-    """Which images to show: rows of support and queries, the first few of each label."""
-
-    def __init__(self, task: Task, most: int):
-        self._labels, self._most = np.asarray(task.query.y), most
-        support = np.asarray(task.support.y)
-        self.support = {label: np.flatnonzero(support == label)[:most] for label in (0, 1)}
-        self.width = max(len(rows) for rows in self.support.values())
-
-    def queries(self, reading: int, readings: int, label: int) -> np.ndarray:
-        """Rows of the queries of a reading with a label."""
-        each = len(self._labels) // readings
-        mine = slice(reading * each, (reading + 1) * each)
-        return reading * each + np.flatnonzero(self._labels[mine] == label)[: self.width]
-
-
 def _predictions(
     learner: MetaLearner, meta: Meta, support: Batch, x: Any, key: PRNGKeyArray
 ) -> tuple[Model, np.ndarray]:
-    """An adapted model, and its predictions, leading with particles if any."""
+    """Return an adapted model, and its predictions, leading with particles if any."""
     model = learner.adapt(meta, support, key=key)
     x = jnp.asarray(x, support.x.dtype)
     return model, np.asarray(predictions(model, x, support.x, transductive=True))
-
-
-def _sample(tasks: TaskDistribution, key: PRNGKeyArray) -> Task:
-    if tasks.on_host:
-        return tasks.sample(key)
-    return program.call(tasks.sample, key)
 
 
 def _noise(model: Model, noise: float | str) -> Float[np.ndarray, " _"]:
@@ -411,7 +376,7 @@ def _noise(model: Model, noise: float | str) -> Float[np.ndarray, " _"]:
 def _interval(
     f: Float[np.ndarray, "m n"], noise: Float[np.ndarray, " _"], level: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ends of the central interval of the mixture of `N(f_m, noise²)`, by bisection."""
+    """Return the ends of the central interval of the mixture of `N(f_m, noise²)`, by bisection."""
     scales = jnp.asarray(noise)[:, None]
     reach = 10 * float(np.max(noise))
 
@@ -428,40 +393,14 @@ def _interval(
     return quantile((1 - level) / 2), quantile((1 + level) / 2)
 
 
-def _line(task: Task) -> np.ndarray:
-    (x,) = _sides(task, GRID)
-    return x[:, None]
-
-
-def _sides(task: Task, count: int) -> list[np.ndarray]:
-    """Evenly spaced points over each input's range in the task, and a little beyond."""
-    seen = np.concatenate([np.asarray(task.support.x), np.asarray(task.query.x)])
-    low, high = seen.min(axis=0), seen.max(axis=0)
-    margin = 0.02 * (high - low)
-    return [np.linspace(a, b, count, dtype=seen.dtype) for a, b in zip(low - margin, high + margin)]
-
-
 def _boundary(
-    ax: Axes, sides: Sequence[np.ndarray], p: np.ndarray, colour: str, width: float, style: str
+    ax: Axes, square: Sequence[np.ndarray], p: np.ndarray, colour: str, width: float, style: str
 ) -> bool:
-    """Draw where p is a half; whether it is so anywhere."""
+    """Draw where p is a half; return whether it is so anywhere."""
     if not p.min() < 0.5 < p.max():
         return False
-    ax.contour(*sides, p, levels=[0.5], colors=[colour], linewidths=width, linestyles=style)
+    ax.contour(*square, p, levels=[0.5], colors=[colour], linewidths=width, linestyles=style)
     return True
-
-
-def _band(ax: Axes, x: Sequence[int], mean: np.ndarray, half: np.ndarray, **how: Any) -> None:
-    ax.plot(x, mean, zorder=3, **how)
-    ax.fill_between(x, mean - half, mean + half, color=how["color"], alpha=0.18, linewidth=0)
-
-
-def _face(ax: Axes, image: Array, frame: str) -> None:
-    ax.imshow(np.clip(np.asarray(image, float), 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
-    ax.set(xticks=[], yticks=[])
-    ax.grid(False)
-    for spine in ax.spines.values():
-        spine.set(visible=True, color=frame, linewidth=2.2)
 
 
 def _titles(axes: np.ndarray, learners: Learners, below: str) -> None:
@@ -471,12 +410,8 @@ def _titles(axes: np.ndarray, learners: Learners, below: str) -> None:
         ax.set_xlabel(below)
 
 
-def _stroke(colour: str, **how: Any) -> Line2D:
-    return Line2D([], [], color=colour, **how)
-
-
-def _demand(learners: Learners, rows: int) -> None:
-    if not learners:
-        raise ValueError("there are no learners to draw; give at least one")
+def _check(learners: Learners, rows: int) -> None:
+    """Raise if there is nothing to draw."""
+    check_some(learners, "learners")
     if rows < 1:
         raise ValueError(f"rows is 1 or more, not {rows}")

@@ -263,7 +263,7 @@ def active_learning(
     )
 
 
-def unsureness(
+def acquisition_score(
     predictions: Float[Array, "*particles n out"], targets: Array, by: str = "entropy"
 ) -> Float[Array, " n"]:
     """How unsure each prediction is, up to what makes no difference to their order.
@@ -341,7 +341,7 @@ class _Game(eqx.Module):
                 return scores, order
             left = order[count:]
             answers = answer(jax.tree.map(lambda a: a[left], pool.x))
-            unsure = [unsureness(answers, pool.y, by) for by in STRATEGIES[1:]]
+            unsure = [acquisition_score(answers, pool.y, by) for by in STRATEGIES[1:]]
             # The order is random already: of equals, and at random, it is the turn of the first.
             worth = jnp.stack([jnp.zeros_like(unsure[0]), *unsure])[informed]
             _, chosen = jax.lax.top_k(worth, self.at_once)

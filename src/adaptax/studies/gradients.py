@@ -1,4 +1,4 @@
-"""Which of the inner gradients to follow: two studies of Reptile's paper (section 6), as data.
+"""Which of the inner gradients to follow: two studies of Reptile's paper (section 6).
 
 Both are trainings on 5-way 5-shot Omniglot that differ in nothing but what the outer loop makes of
 the gradients `g_1 … g_k` of a task's minibatches. Settings are those of the released code (Nichol
@@ -11,10 +11,12 @@ support alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ..recipes import Experiment
+from ..report import analysis
+from .study import Lab, Row, Study
 
 PAPER_STEPS = 40_000
 """Outer iterations of the paper."""
@@ -30,6 +32,15 @@ OUTER_LR = 0.25
 
 _MEAN_LR = {2: 0.125, 3: 0.08325, 4: 0.0625}
 """ε_0 for a mean, a k-th of the sum's: the released code's figures, with its rounding of 0.25/3."""
+
+STEPS = {"combinations": 2_000, "overlap": 1_000}
+"""Outer iterations of the short versions."""
+
+POINTS = 10
+"""Of a learning curve."""
+
+CURVE_EPISODES = 60
+"""Validation tasks of each point; the same for all points and curves."""
 
 Kind = Literal["sum", "mean", "last"]
 
@@ -125,6 +136,103 @@ def overlap(arm: str, inner_steps: int, steps: int, episodes: int, seed: int = 0
 def overlapping(inner_steps: Sequence[int]) -> list[int]:
     """Those numbers of inner steps whose last minibatch, when cycling, overlaps earlier ones."""
     return [k for k in inner_steps if k * BATCH > WAY * DRAWINGS]
+
+
+def analyze_gradients(
+    study: Literal["combinations", "overlap"] = "combinations",
+    *,
+    steps: int | None = None,
+    inner_steps: Sequence[int] = (),
+    episodes: int = 400,
+    seed: int = 0,
+    **where: Any,
+) -> Study:
+    """Meta-train Reptile's network, once for each way to make an outer update of inner gradients.
+
+    Args:
+        study: `COMBINATIONS` of the gradients of up to four minibatches; or, by the number of inner
+            steps, the `overlap` of the last minibatch with earlier ones.
+        steps: outer iterations; `STEPS` if `None`.
+        inner_steps: of the study of overlap; `INNER_STEPS` if empty.
+        episodes: of the test.
+        seed: names all randomness.
+        where: `out`, `data_root` and `progress` of `Lab.at`.
+
+    Raises:
+        ValueError: for inner steps that the study does not have.
+    """
+    if study == "combinations" and inner_steps:
+        raise ValueError("--inner-steps is for --study overlap; the combinations have theirs")
+    how = {"steps": steps or STEPS[study], "episodes": episodes, "seed": seed}
+    arms = _arms(study, sorted(set(inner_steps or INNER_STEPS)), how)
+    lab = Lab.at(f"analyze-{study}", **where)
+    for experiment, _ in arms.values():
+        experiment.splits(lab.data_root)  # bad data are told before anything is written
+    rows = [_row(lab, name, *arm) for name, arm in arms.items()]
+    return _study(lab, study, how["steps"], rows)
+
+
+Arm = tuple[Experiment, Mapping[str, Any]]
+"""What to train, and what the results say of it."""
+
+
+def _arms(study: str, inner_steps: Sequence[int], how: Mapping[str, int]) -> dict[str, Arm]:
+    """Return the trainings of a study by the names of their folders."""
+    if study == "combinations":
+        return {
+            f"{one.kind}-{one.inner_steps}": (
+                one.experiment(**how),
+                {"name": one.name, "kind": one.kind},
+            )
+            for one in COMBINATIONS
+        }
+    return {
+        f"{arm}-{k}": (overlap(arm, k, **how), {"name": title, "arm": arm})
+        for k in inner_steps
+        for arm, title in ARMS.items()
+    }
+
+
+def _row(lab: Lab, folder: str, experiment: Experiment, about: Mapping[str, Any]) -> Row:
+    """Train and test, as far as the folder does not hold the outcome."""
+    chosen = {name: experiment.learner[name] for name in ("inner_steps", "outer_lr")}
+    found = lab.kept(experiment, folder)
+    if found is None:
+        curve = {**experiment.evaluation, "episodes": CURVE_EPISODES}
+        every = max(experiment.steps // POINTS, 1)
+        trained = lab.fit(experiment, folder, validation=curve, validate_every=every)
+        # The last meta-parameters: nothing is selected.
+        scores = lab.test(experiment, trained.last, trained.test, about["name"])
+        validated = [record for record in trained.history if "validation" in record]
+        found = {
+            "accuracy": scores.mean("accuracy"),
+            "accuracy_ci95": scores.ci95("accuracy"),
+            "seconds": trained.seconds,
+            "curve": [{"step": record["step"], **record["validation"]} for record in validated],
+            "report": scores.to_json(),
+            "experiment": experiment.to_json(),
+        }
+        lab.keep(folder, found)
+    return Row(about["name"], record={**about, **chosen, **found})
+
+
+def _study(lab: Lab, study: str, steps: int, rows: Sequence[Row]) -> Study:
+    records = [row.record for row in rows]
+    title = f"5-way 5-shot Omniglot, {steps:,} iterations"
+    if study == "combinations":
+        name, draw = "gradient_combinations", lambda: analysis.gradient_combinations(records)
+    else:
+        inside = overlapping([record["inner_steps"] for record in records])
+        name, draw = "overlap", lambda: analysis.overlap(records, inside)
+    episodes = records[0]["report"]["protocol"]["episodes"]
+    note = (
+        f"± is the 95 % confidence interval over {episodes} test episodes of held-out characters, "
+        "the same for all; not transductive: each query is predicted in a batch of the support and "
+        "itself."
+    )
+    record = {"study": study, "steps": steps, "rows": records}
+    table = analysis.study_table(records, title)
+    return Study(name, lab, rows, table, lambda: {name: draw()}, record, [note])
 
 
 def _experiment(
