@@ -4,6 +4,7 @@ Blocks that begin with ```python run, all of a page in order and in one namespac
 itself. Python of other libraries and what needs hours or files of the reader's stands in ```py.
 """
 
+import importlib
 import re
 import runpy
 import shlex
@@ -85,3 +86,13 @@ def test_the_tables_are_the_data(capsys, monkeypatch):
 
 def test_the_readme_fits_two_screens():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+REFERENCE = re.compile(r"^::: (\S+)\n(?: +options:\s*\{?members: \[(.*?)\])?", re.M)
+
+
+def test_the_reference_names_what_is_there():
+    for page in (ROOT / "docs" / "reference").glob("*.md"):
+        for module, members in REFERENCE.findall(page.read_text()):
+            found = importlib.import_module(module)
+            assert [m for m in members.split(", ") if m and not hasattr(found, m)] == [], module
