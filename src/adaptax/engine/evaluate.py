@@ -230,9 +230,13 @@ class Evaluator:
         }
 
     def _load(self, start: int, chunk: int, key: PRNGKeyArray) -> tuple[PyTree, Array]:
-        index = jnp.minimum(jnp.arange(start, start + chunk), self.episodes - 1).astype(jnp.uint32)
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
-        return feed.load(self.tasks, key, index), keys
+        own = np.minimum(np.arange(start, start + chunk), self.episodes - 1)
+        index = jnp.asarray(own, jnp.uint32)
+        return feed.load(self.tasks, key, index), program.call(_keys, key, index)
+
+
+def _keys(key: PRNGKeyArray, index: Array) -> Array:
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
 
 def _check(
