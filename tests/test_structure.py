@@ -155,6 +155,11 @@ def test_public_names_are_documented(name):
     assert any(p in public for p in parents), f"{name} ({module}) is not in docs/reference/"
 
 
+def test_names_of_rl_take_the_place_of_no_other():
+    assert ax.rl.BayesianMAML.__module__ == "adaptax.algorithms.svpg"
+    assert ax.BayesianMAML.__module__ == "adaptax.algorithms.bmaml"
+
+
 def test_nothing_executes_data():
     """No eval, no exec and no pickle anywhere in the package but for one restricted reader.
 

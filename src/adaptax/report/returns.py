@@ -16,7 +16,7 @@ from ..learner import Meta, MetaLearner
 from ..protocols import Particles
 from ..task import Batch
 from .plots import comparison
-from .style import COLOURS, GREY, canvas, marks, stroke, styled
+from .style import COLOURS, GREY, canvas, check_some, marks, stroke, styled
 from .tables import Curve
 
 

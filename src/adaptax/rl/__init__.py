@@ -10,9 +10,8 @@ The learners are those of supervised learning, unchanged: a task's support and q
 roll-outs of the policy they are handed, where elsewhere they answer with data.
 """
 
-from typing import TYPE_CHECKING
-
-import lazy_loader
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from ..distributions import Categorical, Gaussian, StackedDistribution
 from ..engine.evaluate import Evaluator, evaluate
@@ -41,14 +40,19 @@ if TYPE_CHECKING:
 
 Laws = StackedDistribution
 
-# An algorithm and networks, of rooms that nothing here imports: by their names alone.
-__getattr__, _, _ = lazy_loader.attach(
-    "adaptax",
-    submod_attrs={
-        "algorithms.svpg": ["CODE_KERNEL", "KERNELS", "BayesianMAML", "Policies"],
-        "models.policies": ["CategoricalMLP", "GaussianMLP"],
-    },
-)
+_ELSEWHERE = {
+    **dict.fromkeys(("CODE_KERNEL", "KERNELS", "BayesianMAML", "Policies"), "algorithms.svpg"),
+    **dict.fromkeys(("CategoricalMLP", "GaussianMLP"), "models.policies"),
+}
+"""An algorithm and networks, of rooms that nothing here imports: by their names alone."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is elsewhere when it is asked for."""
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"adaptax.{_ELSEWHERE[name]}"), name)
+
 
 __all__ = [
     "CODE_KERNEL",
