@@ -31,7 +31,7 @@ NAMES = ("encoder", "relation0", "relation1", "relation2", "decoder", "inner_lr"
 
 
 def settings(shot):
-    from adaptax.algorithms.leo import PAPER
+    from adaptax.recipes.embedded import PAPER
 
     return PAPER[f"mini_imagenet 5w{shot}s"]
 

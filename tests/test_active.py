@@ -35,7 +35,7 @@ def features(x):
     return jnp.concatenate([jnp.ones_like(x), x], axis=1)
 
 
-class Posterior(ax.MetaLearner):
+class Posterior(ax.Adapter):
     """Four lines with the mean and the covariance of the exact posterior under N(0, PRIOR²)."""
 
     loss: ax.Loss = eqx.field(static=True, default=mse)
@@ -51,7 +51,7 @@ class Posterior(ax.MetaLearner):
         return ax.Ensemble(ax.Functional(weights, lambda w, x: features(x) @ w[:, None]))
 
 
-class Fixed(ax.MetaLearner):
+class Fixed(ax.Adapter):
     """Learns nothing: answers with its meta-parameters."""
 
     loss: ax.Loss = eqx.field(static=True, default=cross_entropy)

@@ -12,7 +12,7 @@ from scipy import stats
 
 import adaptax as ax
 from adaptax import svgd
-from adaptax.testing import check_meta_gradient
+from references import check_meta_gradient
 
 KEY = jax.random.key(0)
 mse = ax.losses.mse

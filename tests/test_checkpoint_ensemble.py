@@ -125,5 +125,6 @@ def test_the_mean_of_logits_is_not_the_mean_of_probabilities():
 
 def test_an_ensemble_is_not_trained(trained):
     ensemble = ax.CheckpointEnsemble(LEARNER.loss, LEARNER)
-    with pytest.raises(TypeError, match="evaluated, not trained"):
-        ensemble.meta_loss(trained.kept, TASKS.train.sample(KEY), key=KEY, progress=0.0)
+    assert not isinstance(ensemble, ax.MetaLearner)
+    with pytest.raises(TypeError):
+        ax.fit(ensemble, trained.kept, TASKS.train, steps=1, key=KEY)

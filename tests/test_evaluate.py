@@ -256,7 +256,7 @@ def test_other_rates_at_evaluation():
     assert given.protocol["inner_lr"] == [0.01, 0.02]
 
 
-class Pair(ax.MetaLearner):
+class Pair(ax.Adapter):
     """Predicts with two models."""
 
     loss: ax.Loss = mse

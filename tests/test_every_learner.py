@@ -1,7 +1,9 @@
 """What holds for every learner, and that the public checks find learners for which it does not."""
 
 import dataclasses
+import functools
 import itertools
+import json
 
 import equinox as eqx
 import jax
@@ -12,6 +14,7 @@ import pytest
 from flax import nnx
 
 import adaptax as ax
+import references
 from adaptax.testing import check_learner, check_meta_gradient
 from learners import LEARNERS, ConvNet, Images, cross_entropy, mse
 
@@ -26,12 +29,14 @@ def test_every_learner_keeps_the_contract(name):
 
 @pytest.mark.parametrize("name", LEARNERS)
 def test_meta_gradient_of_a_perceptron(name):
-    check_meta_gradient(LEARNERS[name](mse))
+    references.check_meta_gradient(LEARNERS[name](mse))
 
 
 @pytest.mark.parametrize("name", LEARNERS)
 def test_meta_gradient_of_a_convolutional_net_with_batch_norm(name):
-    check_meta_gradient(LEARNERS[name](cross_entropy), ConvNet(jax.random.key(5)), Images())
+    references.check_meta_gradient(
+        LEARNERS[name](cross_entropy), ConvNet(jax.random.key(5)), Images()
+    )
 
 
 def test_a_loss_of_labels_gets_tasks_with_labels():
@@ -148,6 +153,26 @@ def test_a_first_order_fake_is_found():
     check_meta_gradient(Honest())
 
 
+def test_what_is_stopped_on_purpose_is_said_by_a_reference():
+    """As docs/own-algorithm.md has it."""
+    fomaml, reptile = ax.FOMAML(mse, 0.1, 2), ax.Reptile(mse, 0.1, 2)
+
+    def held(meta, task, *, at, key, progress):
+        adapt_key, query_key = jax.random.split(key)
+        model = ax.tree.shift(fomaml.adapt(at, task.support, key=adapt_key), meta, at)
+        return mse(model, task.query.draw(model, query_key))
+
+    def goal(meta, task, *, at, key, progress):
+        return ax.tree.squared_distance(meta, reptile.adapt(at, task.support, key=key)) / 2
+
+    for learner, reference in ((fomaml, held), (reptile, goal)):
+        check_meta_gradient(learner, reference=reference)
+        with pytest.raises(AssertionError, match="says by reference= what it holds fixed"):
+            check_meta_gradient(learner)
+    with pytest.raises(AssertionError, match=r"meta-gradient along .* finite differences give"):
+        check_meta_gradient(Honest(), reference=held)
+
+
 def test_a_wrong_derivative_of_the_loss_is_found():
     @jax.custom_jvp
     def square(x):
@@ -156,7 +181,7 @@ def test_a_wrong_derivative_of_the_loss_is_found():
     square.defjvp(lambda x, t: (square(*x), 2.001 * x[0] * t[0]))
     loss = lambda model, batch: jnp.mean(square(model(batch.x) - batch.y))
     with pytest.raises(AssertionError, match=r"relative error"):
-        check_meta_gradient(ax.Reptile(loss, 0.1, 2))
+        references.check_meta_gradient(ax.Reptile(loss, 0.1, 2))
 
 
 def spoilt(**methods):
@@ -212,6 +237,61 @@ FAULTS = {
 def test_a_planted_fault_is_named(sentence):
     with pytest.raises(AssertionError, match=sentence):
         check_learner(spoilt(**FAULTS[sentence]))
+
+
+def test_learners_that_lack_something_cannot_be_made():
+    class Lossless(ax.MetaLearner):
+        loss: ax.Loss = mse
+
+        def adapt(self, meta, support, *, key):
+            return meta
+
+    class Idle(ax.Adapter):
+        loss: ax.Loss = mse
+
+    with pytest.raises(TypeError, match="abstract"):
+        Lossless()
+    with pytest.raises(TypeError, match="Idle defines neither adapt nor iterates"):
+        Idle()
+
+
+def test_one_of_adapt_and_iterates_is_enough():
+    class Stepping(ax.Adapter):
+        loss: ax.Loss = mse
+
+        def iterates(self, meta, support, *, key, steps=None):
+            return ax.inner.iterates(self.loss, meta, support, key=key, steps=steps or 3, lr=0.1)
+
+    model = ax.models.MLP(1, 1, (4,), key=KEY)
+    support = ax.tasks.sinusoid().train.sample(KEY).support
+    last = ax.MAML(mse, 0.1, 3).adapt(model, support, key=KEY)(support.x)
+    assert np.allclose(Stepping().adapt(model, support, key=KEY)(support.x), last, rtol=1e-6)
+    alone = Honest().iterates(model, support, key=KEY)
+    once = Honest().adapt(model, support, key=KEY)
+    assert np.allclose(ax.tree.at(alone, 0)(support.x), once(support.x), rtol=1e-6)
+    report = ax.evaluate(Stepping(), model, ax.tasks.sinusoid().test, episodes=2, key=KEY)
+    assert report.protocol["algorithm"] == "Stepping"
+
+
+def test_a_report_has_every_hyper_parameter():
+    class Own(Honest.__bases__[0]):
+        clip: float = 0.5
+        rule: object = eqx.field(static=True, default=ax.tree.under("head"))
+        unset: int | None = None
+        array: jax.Array = eqx.field(default_factory=lambda: jnp.ones(3))
+
+    own = Own(loss=functools.partial(mse, reduction="sum")).describe()
+    assert own == {"algorithm": "Own", "loss": "mse(reduction=sum)", "clip": 0.5,
+                   "rule": "under(head)", "array": "given"}  # fmt: skip
+    platipus = ax.PLATIPUS(mse, 0.1, eval_steps=3, prior_variance=0.2).describe()
+    assert (platipus["prior_variance"], platipus["eval_steps"]) == (0.2, 3)
+    assert ax.MAMLPlusPlus(mse, clip=10.0).describe()["clip"] == 10.0
+    kernel = ax.BayesianMAML(mse).describe()["kernel"]
+    assert kernel == "RBF(bandwidth=median, half=False, stop=False)"
+    schedule = optax.cosine_decay_schedule(0.1, 10)
+    assert ax.MAML(mse, schedule, inner_optimizer=None).describe()["inner_lr"].startswith("cosine")
+    assert ax.MAML(lambda model, batch: 0.0, lambda step: 0.1).describe()["loss"] == "given"
+    json.dumps([LEARNERS[name](mse).describe() for name in LEARNERS])
 
 
 def test_learners_are_frozen():

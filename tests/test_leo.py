@@ -10,8 +10,10 @@ import optax
 import pytest
 
 import adaptax as ax
-from adaptax.algorithms import leo, leo_networks, leo_terms
-from adaptax.testing import check_learner, check_meta_gradient
+from adaptax.algorithms import leo_networks, leo_terms
+from adaptax.recipes.embedded import PAPER
+from adaptax.testing import check_learner
+from references import check_meta_gradient
 
 KEY, STEADY = jax.random.key(0), jax.random.key(22)
 mse, cross_entropy = ax.losses.mse, ax.losses.cross_entropy
@@ -70,6 +72,13 @@ def program(learner):
     """Value, metrics and gradient of the meta-loss, compiled once for each learner."""
     each = lambda meta, task, key: learner.meta_loss(meta, task, key=key)
     return eqx.filter_jit(eqx.filter_value_and_grad(each, has_aux=True))
+
+
+@functools.cache
+def guarded(learner):
+    """The same of a meta-batch, where tasks that are not finite fall back."""
+    each = lambda meta, tasks: ax.meta_value_and_grad(learner, meta, tasks, key=KEY)
+    return eqx.filter_jit(each)
 
 
 def assert_close(a, b, rtol=1e-10, atol=1e-13):
@@ -135,10 +144,10 @@ def test_shapes_at_the_papers_sizes(way, shot):
     assert ax.tree.count(meta) == 172_736
     x = jax.ShapeDtypeStruct((way, shot, 640), jnp.float32)
     code = jax.eval_shape(networks.encode, x)
-    assert code.mean.shape == code.std.shape == (way, shot, 64)
-    noise = jax.eval_shape(networks.noise, KEY, code.mean)
+    assert code[0].shape == code[1].shape == (way, shot, 64)
+    noise = jax.eval_shape(networks.noise, KEY, code[0])
     assert noise.shape == (way, shot, 640)
-    weights = jax.eval_shape(networks.decode, code.mean, noise)
+    weights = jax.eval_shape(networks.decode, code[0], noise)
     assert weights.shape == (way, 640)
     made = jax.eval_shape(networks.model, weights)
     assert made.weight.shape == (640, way)
@@ -163,11 +172,11 @@ def test_the_networks_against_plain_loops():
             pairs.append(h @ networks.relation[2])
         r.append(np.mean(pairs, axis=0))
     by_class = np.reshape(r, (3, 2, 6)).mean(axis=1)
-    code = networks.encode(jnp.asarray(x))
+    mean, std = networks.encode(jnp.asarray(x))
     for k in range(2):
-        assert np.allclose(code.mean[:, k], by_class[:, :3], rtol=1e-12)
+        assert np.allclose(mean[:, k], by_class[:, :3], rtol=1e-12)
         sigma = np.maximum(np.exp(by_class[:, 3:]) - 1, 1e-10)
-        assert np.allclose(code.std[:, k], sigma, rtol=1e-12)
+        assert np.allclose(std[:, k], sigma, rtol=1e-12)
     z = rng.normal(size=(3, 2, 3))
     m, u = np.split(z @ networks.decoder, 2, axis=-1)
     sigma = np.maximum(np.exp(u) - (1 - np.sqrt(2 / (4 + 3))), 1e-10)
@@ -182,7 +191,7 @@ def test_fine_tuning_is_that_of_a_weight_for_each_shot():
     meta, task = learner.init(head(), key=KEY), TASKS.sample(KEY)
     networks = meta["networks"]
     x = networks.features(task.support)
-    w = networks.encode(x).mean @ networks.decoder[:, :4]
+    w = networks.encode(x)[0] @ networks.decoder[:, :4]
     classify = lambda w: ax.Functional(w, lambda w, x: jnp.mean(x[:, None, None] * w, 2).sum(-1))
     loss = lambda w: cross_entropy(classify(w), task.support)
     for _ in range(3):
@@ -211,16 +220,16 @@ def test_the_kl_of_a_sample():
     assert np.isclose(closed(1, 0.5), 0.818147181, atol=5e-10)
     noise = jax.random.normal(KEY, (200_000,))
     for m, s in ((0.0, 1.0), (1.0, 0.5), (-2.0, 1e-10)):
-        q = leo_networks.Gaussian(jnp.full(noise.shape, m), jnp.full(noise.shape, s))
-        found = leo_terms.sampled_kl(q, noise)
+        q = jnp.full(noise.shape, m), jnp.full(noise.shape, s)
+        found = leo_terms.sampled_kl(*q, noise)
         each = (noise * s + m) ** 2 / 2 - noise**2 / 2
         assert abs(found - closed(m, s)) <= 4 * np.std(each) / np.sqrt(len(noise))
         # A sum would be larger by its length; one entry at a time is the same mean.
         z = m + s * noise[:3]
         ratio = -np.log(s) - (z - m) ** 2 / (2 * s**2) + z**2 / 2
-        three = leo_terms.sampled_kl(leo_networks.Gaussian(q.mean[:3], q.std[:3]), noise[:3])
+        three = leo_terms.sampled_kl(q[0][:3], q[1][:3], noise[:3])
         assert np.isclose(three, np.mean(ratio), rtol=1e-5 if s < 1e-5 else 1e-12)
-    assert leo_terms.sampled_kl(leo_networks.Gaussian(jnp.zeros(9), jnp.ones(9)), noise[:9]) == 0
+    assert leo_terms.sampled_kl(jnp.zeros(9), jnp.ones(9), noise[:9]) == 0
 
 
 @double
@@ -349,7 +358,7 @@ def test_without_steps_it_is_its_generator():
     meta = generator.init(head(), key=KEY)
     networks = meta["networks"]
     made = networks.model(
-        networks.decode(networks.encode(networks.features(task.support)).mean, None)
+        networks.decode(networks.encode(networks.features(task.support))[0], None)
     )
     still = {**meta, "inner_lr": jnp.zeros(3), "finetune_lr": jnp.zeros(4)}
     (value, _), grads = program(generator)(meta, task, KEY)
@@ -392,9 +401,9 @@ def test_the_meta_loss_is_the_sum_of_its_terms():
     assert np.isclose(value, expected, rtol=1e-14)
     assert parts["encoder_penalty"] > 0
     assert parts["kl"] != 0
-    code = networks.encode(networks.features(task.support))
-    assert np.isclose(parts["latent_std"], np.mean(code.std), rtol=1e-12)
-    assert np.isclose(parts["latent_spread"], np.std(code.mean[:, 0], axis=0).mean(), rtol=1e-12)
+    mean, std = networks.encode(networks.features(task.support))
+    assert np.isclose(parts["latent_std"], np.mean(std), rtol=1e-12)
+    assert np.isclose(parts["latent_spread"], np.std(mean[:, 0], axis=0).mean(), rtol=1e-12)
 
 
 @double
@@ -418,16 +427,16 @@ def test_the_meta_loss_against_plain_loops():
         return m + sigma * jax.random.normal(at(noise, step), (3, 2, 4))
 
     def plain():
-        q = networks.encode(drop(task.support.x.reshape(3, 2, 4), encoder))
+        mean, std = networks.encode(drop(task.support.x.reshape(3, 2, 4), encoder))
         drawn = jax.random.normal(code, (3, 2, 3))
-        z = start = q.mean + q.std * drawn
+        z = start = mean + std * drawn
         for i in range(2):
             step = lambda z, i=i: loss(decode(z, i), task.support, at(latent, i))
             z = z - 0.3 * jax.grad(step)(z)
         w = decode(z, 2)
         for i in range(2):
             w = w - 0.1 * jax.grad(loss)(w, task.support, at(tune, i))
-        kl = jnp.mean(start**2 / 2 - drawn**2 / 2 - jnp.log(q.std))
+        kl = jnp.mean(start**2 / 2 - drawn**2 / 2 - jnp.log(std))
         query = loss(w, task.query, at(KEY, 1)) / task.query.size
         return query, kl, jnp.mean((z - start) ** 2)
 
@@ -441,9 +450,7 @@ def test_every_step_draws_anew_and_every_shot_for_itself():
     meta = small().init(head(), key=KEY)
     networks = meta["networks"]
     learner = small(inner_steps=2, finetune_steps=0)
-    course = learner._course(
-        meta, networks.features(task.support), task.support, KEY, (2, 0), keep_path=False
-    )
+    course = learner._course(meta, task.support, KEY, learner.steps)
     assert course.noise.shape == (3, 2, 3)
     assert len(np.unique(course.noise)) == 18
     for step in range(3):
@@ -451,7 +458,8 @@ def test_every_step_draws_anew_and_every_shot_for_itself():
         seen.append(networks.noise(jax.random.fold_in(keys[1], step), course.start))
     assert len(np.unique(np.stack(seen))) == 3 * 3 * 2 * 4
     # The last of them makes the weights that are left after the latent steps.
-    assert np.allclose(course.weights, networks.decode(course.code, seen[2]), rtol=1e-5)
+    weights = networks.decode(course.latent.model, seen[2])
+    assert np.allclose(course.tuned.model, weights, rtol=1e-5)
 
 
 @double
@@ -485,7 +493,8 @@ def test_a_loss_that_is_nan_leaves_a_step_of_decay():
     broken = lambda model, batch: jnp.nan * cross_entropy(model, batch)
     learner = ax.LEO(broken, latent=3, inner_steps=1)
     meta, task = learner.init(head(), key=KEY), TASKS.sample(KEY)
-    (value, parts), grads = program(learner)(meta, task, KEY)
+    one = jax.tree.map(lambda leaf: leaf[None], task)
+    (value, parts), grads = guarded(learner)(meta, one)
     assert parts["rescued"] == 1
     assert np.isclose(value, 1e-4 * ax.tree.norm(meta["networks"]) ** 2 / 2, rtol=1e-5)
     for name in ("encoder", "relation", "decoder"):
@@ -493,10 +502,45 @@ def test_a_loss_that_is_nan_leaves_a_step_of_decay():
         assert_close(getattr(grads["networks"], name), wanted, rtol=1e-6)
     assert not np.any(grads["inner_lr"])
     assert not np.any(grads["finetune_lr"])
-    bad = eqx.tree_at(lambda t: t.support.x, task, task.support.x.at[0, 0].set(jnp.nan))
-    value, parts = eqx.filter_jit(learner.meta_loss)(meta, bad, key=KEY)
-    assert np.isnan(value)  # the data's fault is not covered up
-    assert parts["rescued"] == 0
+    # The data's fault is not covered up: NaN, or a class that is missing.
+    wrong = {"x": task.support.x.at[0, 0].set(jnp.nan), "y": jnp.zeros_like(task.support.y)}
+    for name, values in wrong.items():
+        at = lambda tasks, name=name: getattr(tasks.support, name)
+        (value, parts), _ = guarded(learner)(meta, eqx.tree_at(at, one, values[None]))
+        assert np.isnan(value)
+        assert parts["rescued"] == 0
+
+
+@double
+def test_one_task_in_a_meta_batch_is_rescued_alone():
+    """The gradient of the others is what it is without."""
+    tasks = jax.vmap(TASKS.sample)(jax.random.split(KEY, 3))
+
+    class Marked(ax.MetaLearner):
+        loss: ax.Loss = cross_entropy
+        spoil: bool = eqx.field(static=True, default=True)
+
+        def adapt(self, meta, support, *, key):
+            return meta
+
+        def meta_loss(self, meta, task, *, key, progress):
+            factor = jnp.where(task.query.x[0, 0] > 0, jnp.nan, 1.0) if self.spoil else 1.0
+            return factor * self.loss(meta, task.query), {}
+
+        def fallback(self, meta, task, *, key):
+            return ax.tree.norm(meta) ** 2 / 2 if self.spoil else None
+
+    positive = tasks.query.x[:, 0, 0] > 0
+    assert 0 < positive.sum() < 3
+    run = lambda learner, tasks: ax.meta_value_and_grad(learner, head(), tasks, key=KEY)
+    (_, parts), found = run(Marked(), tasks)
+    assert np.isclose(parts["rescued"], positive.mean())
+    each = [run(Marked(spoil=False), jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], tasks))[1]
+            for i in range(3)]  # fmt: skip
+    plain = ax.tree.parameters(head())
+    wanted = [plain if bad else one for bad, one in zip(positive, each)]
+    assert_close(found, jax.tree.map(lambda *leaves: sum(leaves) / 3, *wanted))
+    assert "rescued" not in run(Marked(spoil=False), tasks)[0][1]
 
 
 def test_training_on_nan_is_an_error():
@@ -543,13 +587,15 @@ def test_regression_generates_every_weight_and_starts_about_the_model():
     )  # fmt: skip
     assert meta["finetune_lr"].shape == (33,)
     support = ax.tasks.sinusoid(5, 5).train.sample(KEY).support
-    code = networks.encode(networks.features(support))
-    assert code.mean.shape == (32,)
+    code, _ = networks.encode(networks.features(support))
+    assert code.shape == (32,)
     turned = ax.Batch(support.x[::-1], support.y[::-1])
-    assert np.allclose(networks.encode(networks.features(turned)).mean, code.mean, rtol=1e-6)
+    assert np.allclose(networks.encode(networks.features(turned))[0], code, rtol=1e-6)
     labels = ax.Batch(jnp.ones((2, 1)), jnp.array([0, 2]))
-    classes = leo_networks.TaskCode(ax.models.MLP(1, 3, (4,), key=KEY), 2, "data",
-                                    ((4,), (4,), (4,)), key=KEY)  # fmt: skip
+    hidden = ((4,), (4,), (4,))
+    classes = leo_networks.TaskCode(
+        ax.models.MLP(1, 3, (4,), key=KEY), 2, "data", hidden=hidden, key=KEY
+    )
     assert np.array_equal(classes.features(labels), [[1, 1, 0, 0], [1, 0, 0, 1]])
 
 
@@ -623,7 +669,7 @@ def test_models_that_cannot_be_generated():
         ({"inner_steps": -1}, "inner_steps is 0 or more, not -1"),
         ({"kl_weight": float("nan")}, "kl_weight is 0 or more, not nan"),
         ({"inner_clip": 0.0}, "inner_clip is a norm above 0, or None, not 0.0"),
-        ({"latent": 0}, "latent, the width of a code, is 1 or more"),
+        ({"latent": 0}, "latent is 1 or more, not 0"),
         ({"dropout": 1.0}, r"dropout is a rate in \[0, 1\), not 1.0"),
         ({"codes": "shot"}, 'codes is "class" or "task", not \'shot\''),
         ({"prior": "none"}, 'prior is "data" or "random"'),
@@ -636,6 +682,6 @@ def test_options_that_make_no_sense(how, message):
 
 
 def test_the_papers_settings_are_arguments():
-    for settings in leo.PAPER.values():
+    for settings in PAPER.values():
         assert ax.LEO(cross_entropy, **settings).latent == 64
-    assert leo.PAPER["mini_imagenet 5w1s"]["kl_weight"] == 0.756143
+    assert PAPER["mini_imagenet 5w1s"]["kl_weight"] == 0.756143

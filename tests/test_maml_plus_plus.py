@@ -12,10 +12,10 @@ from flax import nnx
 from jax import lax
 
 import adaptax as ax
-from adaptax import MAMLPlusPlus
+from adaptax import MAMLPlusPlus, testing
 from adaptax.algorithms.maml_plus_plus import multi_step_weights
-from adaptax.testing import check_meta_gradient
-from learners import ConvNet, Images, cross_entropy, mse
+from learners import LEARNERS, ConvNet, Images, cross_entropy, mse
+from references import check_meta_gradient
 
 KEY = jax.random.key(0)
 pytestmark = pytest.mark.usefixtures("x64")
@@ -727,9 +727,9 @@ class Late(ax.MetaLearner):
 
 
 def test_a_fault_in_one_phase_is_found_in_that_phase():
-    check_meta_gradient(Late())
+    testing.check_meta_gradient(Late())
     with pytest.raises(AssertionError, match="finite differences"):
-        check_meta_gradient(Late(), progress=0.2)
+        testing.check_meta_gradient(Late(), progress=0.2)
 
 
 # Heads
@@ -748,7 +748,8 @@ def swapped(task):
 @functools.cache
 def with_head(head):
     """Predictions for a task and for it swapped, before and after adapting, and gradients."""
-    learner = only(squares, learned_rates=True, head=head)
+    learner = only(squares, learned_rates=True)
+    learner = learner if head == "free" else ax.SharedHead(learner, head)
     model = ax.models.MLP(16, 2, (4,), key=KEY, activation=jnp.tanh)
     meta = learner.init(doubled(model), key=KEY)
 
@@ -787,16 +788,36 @@ def test_the_head_is_where_head_path_says():
         lambda p, x: jnp.tanh(x @ p["body"]) @ p["out"],
     )
     batch = ax.Batch(jnp.ones((4, 2)), jnp.array([0, 1, 0, 1]))
-    learner = MAMLPlusPlus(
-        cross_entropy, inner_steps=1, head="tied", head_path="params/out", eval_steps=0
-    )
+    learner = ax.SharedHead(ax.MAML(cross_entropy, inner_steps=0), "tied", "params/out")
     start = learner.adapt(learner.init(model, key=KEY), batch, key=KEY)
     assert np.allclose(start.params["out"], np.array([[0.5] * 2, [2.5] * 2, [4.5] * 2]))
     assert np.array_equal(start.params["body"], model.params["body"])
     for head in ("tied", "zero"):
-        lost = MAMLPlusPlus(cross_entropy, 0.1, 1, head=head)
+        lost = ax.SharedHead(MAMLPlusPlus(cross_entropy, 0.1, 1), head)
         with pytest.raises(ValueError, match="nothing below 'head'; give head_path="):
             lost.adapt(lost.init(model, key=KEY), batch, key=KEY)
+    # The types of arguments are checked in tests alone, and before their values.
+    object.__setattr__(learner, "head", "none")
+    with pytest.raises(ValueError, match='head is "tied" or "zero", not'):
+        learner.__check_init__()
+
+
+@pytest.mark.parametrize("name", ["MAML", "Meta-SGD", "PLATIPUS", "BMAML heads", "EMAML"])
+def test_any_learner_may_share_its_head(name):
+    learner = ax.SharedHead(LEARNERS[name](cross_entropy), "zero")
+    tasks = images()
+    task = jax.tree.map(lambda leaf: leaf[0], tasks)
+    meta = learner.init(conv_net(), key=KEY)
+    start = learner.iterates(meta, task.support, key=KEY, steps=0)
+    first = jax.tree.map(lambda leaf: leaf[0] if eqx.is_array(leaf) else leaf, start)
+    if name != "PLATIPUS":  # whose prior has seen the support
+        assert np.all(first(task.query.x) == 0)
+    assert np.any(learner.adapt(meta, task.support, key=KEY)(task.query.x) != 0)
+    assert learner.describe()["head"] == "zero"
+    assert learner.describe()["algorithm"] == learner.learner.describe()["algorithm"]
+    assert (
+        ax.fit(learner, conv_net(), Images(), steps=1, meta_batch=2, key=KEY, devices=1).step == 1
+    )
 
 
 # Arguments and reports
@@ -813,7 +834,6 @@ def test_the_head_is_where_head_path_says():
             "derivative_order_annealing is a fraction .* not -0.1",
         ),
         ("per_step_batch_norm_statistics", "both", 'is "paper", "code" or None, not \'both\''),
-        ("head", "none", "head is .* not 'none'"),
     ],
 )
 def test_arguments_that_make_no_sense(name, value, sentence):

@@ -17,7 +17,7 @@ from adaptax.tasks.episodes import Design
 KEY = jax.random.key(0)
 
 
-class Fixed(ax.MetaLearner):
+class Fixed(ax.Adapter):
     """Learns nothing: answers with its meta-parameters."""
 
     loss: ax.Loss = eqx.field(static=True, default=ax.losses.mse)

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 import adaptax as ax
-from adaptax.testing import check_meta_gradient
+from references import check_meta_gradient
 
 KEY = jax.random.key(0)
 mse = ax.losses.mse
@@ -325,7 +325,7 @@ def test_the_weight_of_the_kl_may_follow_the_progress():
         loss, parts = run(jnp.array(progress))
         assert parts["kl"] > 0
         assert np.isclose(loss, parts["query_loss"] + 2 * progress * parts["kl"], rtol=1e-6)
-    assert learner.describe()["kl_weight"] == "schedule"
+    assert learner.describe()["kl_weight"] == "given"
 
 
 def test_it_starts_from_what_was_trained():

@@ -312,7 +312,7 @@ def test_a_source_that_is_no_pytree_is_asked_every_time():
             np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
-class ByValue(ax.MetaLearner):
+class ByValue(ax.Adapter):
     """Steps by the values of the support, which no program can."""
 
     loss: ax.Loss = eqx.field(static=True, default=mse)

@@ -91,7 +91,7 @@ class Plain(ax.TaskDistribution):
         return ax.Task(ax.Batch(x, jnp.tile(x, self.out)), ax.Batch(x, jnp.tile(x, self.out)))
 
 
-class Twins(ax.MetaLearner):
+class Twins(ax.Adapter):
     """Two copies of the model, as an ensemble without steps."""
 
     loss: ax.Loss = eqx.field(static=True)

@@ -14,9 +14,10 @@ SOURCE = ROOT / "src" / "adaptax"
 
 GROUND = {
     "task", "tree", "roles", "losses", "metrics", "io", "text", "process", "protocols", "origins",
-    "distributions",
+    "distributions", "checks",
 }  # fmt: skip
-PRIMITIVES = {"inner", "svgd", "conv", "rewrite", "batch_norm", "roots", "watch", "program", "look"}
+PRIMITIVES = {"inner", "svgd", "conv", "rewrite", "batch_norm", "roots", "watch", "program", "look",
+              "switch"}  # fmt: skip
 ROOMS = {
     "ground": set(),
     "primitives": {"ground"},
@@ -189,7 +190,8 @@ def test_classes_are_two_deep():
     from adaptax import learner, task
     from adaptax.rl.outer import OnRollOuts
 
-    abstract = {learner.MetaLearner, task.TaskDistribution, task.HostTaskDistribution, OnRollOuts}
+    abstract = {learner.Adapter, learner.MetaLearner, learner.InnerLoop, OnRollOuts}
+    abstract |= {task.TaskDistribution, task.HostTaskDistribution}
     for module in [getattr(ax, name) for name in ax.__all__]:
         if inspect.ismodule(module) and module.__name__.startswith("adaptax"):
             for cls in vars(module).values():

@@ -21,12 +21,14 @@ from .algorithms.baselines import NearestClassMean, RidgeRegression
 from .algorithms.bmaml import BayesianMAML
 from .algorithms.checkpoint_ensemble import CheckpointEnsemble
 from .algorithms.gaussian import Gaussian, gamma_prior, gaussian_nll
-from .algorithms.leo import LEO, LEORegression
+from .algorithms.leo import LEO
+from .algorithms.leo_regression import LEORegression
 from .algorithms.maml import ANIL, FOMAML, MAML, MetaSGD
 from .algorithms.maml_ensemble import MAMLEnsemble
 from .algorithms.maml_plus_plus import MAMLPlusPlus
 from .algorithms.platipus import PLATIPUS, ProbabilisticMAML
 from .algorithms.reptile import Reptile
+from .algorithms.shared_head import SharedHead
 from .engine.augment import Augmentation
 from .engine.evaluate import Evaluator, evaluate
 from .engine.extract import extract
@@ -38,7 +40,7 @@ from .engine.run import Run
 from .engine.steps import Outer
 from .engine.train import Result, TrainingDiverged, fit
 from .io import load, save
-from .learner import Batched, Ensemble, Functional, MetaLearner
+from .learner import Adapter, Batched, Ensemble, Functional, MetaLearner
 from .losses import Loss
 from .models.bridge import from_torch, to_torch
 from .recipes.runs import LoadedRun, load_run
@@ -60,6 +62,7 @@ __all__ = [
     "LEO",
     "MAML",
     "PLATIPUS",
+    "Adapter",
     "Augmentation",
     "Batch",
     "Batched",
@@ -87,6 +90,7 @@ __all__ = [
     "Result",
     "RidgeRegression",
     "Run",
+    "SharedHead",
     "Source",
     "Splits",
     "Task",

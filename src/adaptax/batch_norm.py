@@ -84,6 +84,24 @@ def _observe_backward(kept: PyTree, cotangent: PyTree) -> tuple[PyTree, PyTree, 
 observe.defvjp(_observe_forward, _observe_backward)
 
 
+def carry(rows: Rows, moved: Rows) -> tuple[Rows, Array]:
+    """Return running statistics that later passes go on from, and a term of value 0.
+
+    The term's derivative with respect to `rows` is what earlier passes moved them by; that of what
+    later passes observe, on the rows that are returned, adds theirs.
+
+    Args:
+        rows: as they were.
+        moved: as earlier passes left them.
+    """
+    still, moved = jax.lax.stop_gradient((rows, moved))
+    away = jax.tree.map(jnp.subtract, rows, still)  # 0, with a derivative
+    by = jax.tree.map(jnp.subtract, still, moved)
+    pairs = zip(jax.tree.leaves(away), jax.tree.leaves(by), strict=True)
+    term = sum((jnp.sum(tree.wide(a) * tree.wide(b)) for a, b in pairs), jnp.zeros(()))
+    return jax.tree.map(jnp.add, moved, away), term
+
+
 class Observed(eqx.Module):
     """A model whose layers' updates in place pass through `observe`, so that it is pure.
 

@@ -61,17 +61,20 @@ class Descent(eqx.Module):
 
     model: Model
     state: PyTree
-    path: Model | None
+    path: Any
 
 
-def descend(loss: Loss, model: Model, support: Source, **how: Any) -> Model:
-    """The model after the steps of `run`, whose arguments it takes."""
-    return run(loss, model, support, **how).model
+def descend(
+    loss: Loss, model: Model, support: Source, *, keep_path: bool = False, **how: Any
+) -> Model:
+    """Return the model after the steps of `run`; with `keep_path` those after 0, 1, … steps."""
+    end = run(loss, model, support, keep_path=keep_path, **how)
+    return end.path if keep_path else end.model
 
 
 def iterates(loss: Loss, model: Model, support: Source, **how: Any) -> Model:
-    """The models after `0..steps` steps of `run`, stacked along a leading axis."""
-    return run(loss, model, support, keep_path=True, **how).path
+    """Return the models after `0..steps` steps of `run`, stacked along a leading axis."""
+    return descend(loss, model, support, keep_path=True, **how)
 
 
 def run(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import abc
+import copy
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -16,6 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from . import program, roles, tree
 from .losses import Loss
 from .task import Model, Source, Task
+from .text import readable
 
 Meta = Any
 """What a learner meta-learns: a pytree whose parameters the outer loop trains."""
@@ -35,7 +39,7 @@ def _compiled(method: Callable[..., Any]) -> Callable[..., Any]:
     """`adapt` or `iterates` of a learner, run as one compiled program where values are known."""
 
     @functools.wraps(method)
-    def run(self: MetaLearner, meta: Meta, support: Any, **how: Any) -> Any:
+    def run(self: Adapter, meta: Meta, support: Any, **how: Any) -> Any:
         values = jax.tree.leaves((self, meta, support, how))
         if any(isinstance(value, jax.core.Tracer) for value in values):
             return roles.kept(lambda once: method(self, once, support, **how), meta)
@@ -53,12 +57,72 @@ def _call(method: Callable[..., Any], learner: Any, meta: Meta, support: Any, ho
     return method(learner, meta, support, **how)
 
 
-class MetaLearner(eqx.Module):
+class Adapter(eqx.Module):
+    """Abstract: adapts to a task. Evaluation, prediction and figures ask no more of a learner.
+
+    Define `adapt` or `iterates`; each follows from the other. Both are compiled by themselves:
+    see `adaptax.program`.
+    """
+
+    loss: eqx.AbstractVar[Loss]
+    title: ClassVar[str] = ""
+    """Name in reports; that of the class if empty."""
+
+    def __init_subclass__(cls, **how: Any) -> None:
+        super().__init_subclass__(**how)
+        for name, wrap in (("init", _sharing), ("adapt", _compiled), ("iterates", _compiled)):
+            if inspect.isfunction(method := vars(cls).get(name)):
+                setattr(cls, name, wrap(method))
+
+    def __check_init__(self) -> None:
+        own = type(self)
+        if own.adapt is Adapter.adapt and own.iterates is Adapter.iterates:
+            raise TypeError(f"{own.__name__} defines neither adapt nor iterates; define one")
+
+    @_compiled
+    def adapt(self, meta: Meta, support: Source, *, key: PRNGKeyArray) -> Model:
+        """Return the model (or `Ensemble`) that has learnt from `support`. Here: the last iterate.
+
+        Args:
+            meta: the meta-parameters.
+            support: what may be learnt from.
+            key: all the randomness there is.
+        """
+        return tree.at(self.iterates(meta, support, key=key), -1)
+
+    @_compiled
+    def iterates(
+        self, meta: Meta, support: Source, *, key: PRNGKeyArray, steps: int | None = None
+    ) -> Model:
+        """Return the models on the way of adaptation, arrays leading with an axis of steps.
+
+        Here: the adapted model alone, for learners that have no notion of a step.
+        """
+        return tree.stack([self.adapt(meta, support, key=key)])
+
+    def with_loss(self, loss: Loss) -> Any:
+        """Return the same with another loss."""
+        twin = copy.copy(self)
+        # It may be a static field, out of reach of `eqx.tree_at`; the copy is ours to complete.
+        object.__setattr__(twin, "loss", loss)
+        return twin
+
+    def check_support(self, meta: Meta, support: Any, *, key: PRNGKeyArray) -> None:
+        """Raise for a support of wrong values; `adapt` and `iterates` ask where they are known."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return name and hyper-parameters, as reports say them; those that are `None` left out."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        said = {name: readable(value) for name, value in own.items() if value is not None}
+        return {"algorithm": self.title or type(self).__name__, **said}
+
+
+class MetaLearner(Adapter):
     """Abstract: learns, over many tasks, how to learn one.
 
-    A learner is a frozen record of hyper-parameters and three pure functions. It never sees a
-    task axis: `adaptax.meta_value_and_grad`, `fit` and `evaluate` map it over tasks. `adapt` and
-    `iterates` are compiled by themselves: see `adaptax.program`.
+    A learner is a frozen record of hyper-parameters and three pure functions, `init`, `adapt` and
+    `meta_loss`. It never sees a task axis: `adaptax.meta_value_and_grad`, `fit` and `evaluate`
+    map it over tasks.
 
     Args:
         train_only: a predicate on the leaf paths of the model choosing what the *outer* loop
@@ -67,27 +131,17 @@ class MetaLearner(eqx.Module):
             variance. The inner loop may adapt them all the same; `adapt_only` leaves them out.
     """
 
-    loss: eqx.AbstractVar[Loss]
     train_only: tree.Predicate | None = eqx.field(static=True, default=None, kw_only=True)
 
-    def __init_subclass__(cls, **how: Any) -> None:
-        super().__init_subclass__(**how)
-        for name, wrap in (("init", _sharing), ("adapt", _compiled), ("iterates", _compiled)):
-            if inspect.isfunction(method := vars(cls).get(name)):
-                setattr(cls, name, wrap(method))
-
     def init(self, model: Model, *, key: PRNGKeyArray) -> Meta:
-        """The meta-parameters to start from. Here: the model itself."""
+        """Return the meta-parameters to start from. Here: the model itself."""
         return model
 
-    def adapt(self, meta: Meta, support: Source, *, key: PRNGKeyArray) -> Model:
-        """The model (or `Ensemble`) that has learnt from `support`."""
-        raise NotImplementedError  # pragma: no cover - abstract
-
+    @abc.abstractmethod
     def meta_loss(
         self, meta: Meta, task: Task, *, key: PRNGKeyArray, progress: float | Array
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """The scalar that meta-training descends, and metrics to log.
+        """Return the scalar that meta-training descends, and metrics to log.
 
         Args:
             meta: the meta-parameters.
@@ -95,34 +149,17 @@ class MetaLearner(eqx.Module):
             key: all the randomness there is.
             progress: in `[0, 1]`, how far meta-training has come; drives every schedule.
         """
-        raise NotImplementedError  # pragma: no cover - abstract
 
-    def reference(
-        self, meta: Meta, task: Task, *, at: Meta, key: PRNGKeyArray, progress: float | Array
-    ) -> Float[Array, ""]:
-        """The function of `meta` whose exact gradient, at `meta = at`, the meta-gradient is.
+    def fallback(self, meta: Meta, task: Task, *, key: PRNGKeyArray) -> Float[Array, ""] | None:
+        """Return what a task descends instead whose meta-loss or gradient is not finite.
 
-        Here: the meta-loss. A learner that stops gradients says here what it holds fixed: the
-        same value, in which all that is stopped is computed from `at` instead of `meta`. Only
-        `adaptax.testing.check_meta_gradient` asks, and takes finite differences of it.
+        Not finite itself where the task's data are at fault. The metric `rescued` says how often.
+        Here: `None`; meta-training ends with `TrainingDiverged`.
         """
-        return self.meta_loss(meta, task, key=key, progress=progress)[0]
-
-    def check_support(self, meta: Meta, support: Any, *, key: PRNGKeyArray) -> None:
-        """Raise for a support of wrong values; `adapt` and `iterates` ask where they are known."""
-
-    @_compiled
-    def iterates(
-        self, meta: Meta, support: Source, *, key: PRNGKeyArray, steps: int | None = None
-    ) -> Model:
-        """The models on the way of adaptation, arrays leading with an axis of steps.
-
-        Here: the adapted model alone, for learners that have no notion of a step.
-        """
-        return tree.stack([self.adapt(meta, support, key=key)])
+        return None
 
     def trained(self, meta: Meta) -> PyTree[bool]:
-        """Which leaves of the meta-parameters the outer loop trains, as a tree of booleans.
+        """Return which leaves the outer loop trains, as a tree of booleans.
 
         Raises:
             ValueError: if none is left, or a parameter is complex.
@@ -135,7 +172,7 @@ class MetaLearner(eqx.Module):
         return tree.only(roles.trained(meta), chosen, "train_only")
 
     def part_of(self, path: str, meta: Meta) -> str | None:
-        """The path in the model of the leaf that a leaf of the meta-parameters belongs to.
+        """Return the path in the model of the leaf that a leaf of the meta-parameters belongs to.
 
         Here: the path itself where the meta-parameters are a model; what follows the first name in
         those of an `Ensemble`, and of a dict with a `"model"`.
@@ -152,12 +189,47 @@ class MetaLearner(eqx.Module):
         return path
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
-        """The outer optimizer that `fit` uses unless told otherwise: Adam, 1e-3."""
+        """Return the outer optimizer that `fit` uses unless told otherwise: Adam, 1e-3."""
         return optax.adam(1e-3)
 
+
+class InnerLoop(MetaLearner):
+    """Abstract: adapts by an inner loop of `inner_steps` steps, which are its iterates."""
+
+    @property
+    def steps(self) -> int:
+        """Steps that `adapt` takes: `eval_steps`, or as many as in training if there are none."""
+        # No abstract field, which would go before the fields of subclasses.
+        own = getattr(self, "eval_steps", None)
+        steps: int = getattr(self, "inner_steps", 0) if own is None else own
+        return steps
+
+    @abc.abstractmethod
+    def course(
+        self,
+        meta: Meta,
+        support: Source,
+        *,
+        key: PRNGKeyArray,
+        steps: int,
+        keep_path: bool = False,
+    ) -> Model:
+        """Return the model after `steps` steps; with `keep_path` those after 0, 1, … of them."""
+
+    def adapt(self, meta: Meta, support: Source, *, key: PRNGKeyArray) -> Model:
+        """Return the model after all `steps`."""
+        return self.course(meta, support, key=key, steps=self.steps)
+
+    def iterates(
+        self, meta: Meta, support: Source, *, key: PRNGKeyArray, steps: int | None = None
+    ) -> Model:
+        """Return the models after 0, 1, … `steps` steps, by default all that `adapt` takes."""
+        steps = self.steps if steps is None else steps
+        return self.course(meta, support, key=key, steps=steps, keep_path=True)
+
     def describe(self) -> dict[str, Any]:
-        """What a report says of the learner."""
-        return {"algorithm": type(self).__name__}
+        """Return name and hyper-parameters, and how many steps `adapt` takes."""
+        return {**super().describe(), "eval_steps": self.steps}
 
 
 class Ensemble(eqx.Module):

@@ -10,6 +10,9 @@ Each check that fails raises an `AssertionError` of one sentence.
 
 from __future__ import annotations
 
+import functools
+import itertools
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +38,13 @@ TASKS = 3
 
 AGREE = 1e-8
 """How closely two ways to the same float64 gradient agree, relative to its norm."""
+
+ROUNDING = 1e-3
+"""The same of values in float32."""
+
+
+Reference = Callable[..., Float[Array, ""]]
+"""`reference(meta, task, *, at, key, progress)`: see `check_meta_gradient`."""
 
 
 class Blobs(TaskDistribution):
@@ -103,15 +113,14 @@ def check_meta_gradient(
     key: PRNGKeyArray | None = None,
     rtol: float = 1e-6,
     progress: float = 1.0,
+    reference: Reference | None = None,
 ) -> None:
     """Check the meta-gradient against finite differences in float64.
 
-    The differences are central, of fourth order, of `learner.reference`: the meta-loss itself for
-    a learner that claims the exact gradient, and the meta-loss with some of it held fixed for one
-    that stops gradients and says so. They are taken along the gradient, along random directions
-    of all meta-parameters and of each array, and along the largest coordinate of each array. The
-    gradient of the learner's loss at an adapted model, which the inner loop descends, is checked
-    likewise.
+    The differences are central, of fourth order, and taken along the gradient, along random
+    directions of all meta-parameters and of each array, and along the largest coordinate of each
+    array. The gradient of the learner's loss at an adapted model, which the inner loop descends,
+    is checked likewise.
 
     The model must be smooth: use `tanh`, since a kink of ReLU in the range of a difference spoils
     it. Everything that is float is converted to float64 for the check.
@@ -125,6 +134,10 @@ def check_meta_gradient(
             its direction.
         progress: how far meta-training is, in `[0, 1]`: a learner whose schedule changes the
             gradient (MAML++) is to be checked in every phase.
+        reference: what is differenced: the meta-loss itself if `None`, which a learner with the
+            exact gradient passes. One that stops gradients on purpose (first order, Reptile) says
+            here what it holds fixed: `reference(meta, task, at=, key=, progress=)`, the value of
+            the meta-loss with all that is stopped computed from `at` instead of `meta`.
 
     Raises:
         AssertionError: saying in one sentence which derivative is wrong.
@@ -139,24 +152,30 @@ def check_meta_gradient(
         trained, fixed = eqx.partition(meta, learner.trained(meta))
         keys, now = jax.random.split(key, TASKS), jnp.array(progress, float)
 
-        def reference(trained: PyTree, at: PyTree) -> Float[Array, ""]:
+        def differenced(here: PyTree) -> Float[Array, ""]:
             def one(task: Task, key: PRNGKeyArray) -> Array:
-                here, there = eqx.combine(trained, fixed), eqx.combine(at, fixed)
-                return learner.reference(here, task, at=there, key=key, progress=now)
+                at = eqx.combine(here, fixed)
+                if reference is None:
+                    return learner.meta_loss(at, task, key=key, progress=now)[0]
+                return reference(at, task, at=meta, key=key, progress=now)
 
             return jnp.mean(eqx.filter_vmap(one)(batch, keys))
 
-        (value, _), gradient = eqx.filter_jit(meta_value_and_grad)(
-            learner, meta, batch, key=key, progress=now
-        )
-        _compare("meta-gradient", lambda t: reference(t, trained), trained, value, gradient,
-                 0, rtol)  # fmt: skip
+        def found(trained: PyTree) -> tuple[Array, PyTree]:
+            meta = eqx.combine(trained, fixed)
+            (value, _), grads = meta_value_and_grad(learner, meta, batch, key=key, progress=now)
+            return value, grads
+
+        hint = "; a learner that stops gradients says by reference= what it holds fixed"
+        _compare("meta-gradient", differenced, trained, found, 0, rtol, "" if reference else hint)
 
         task = _rows(batch, 0)
-        params, rest, data = _adapted(learner, meta, task, loss_key)
+        model = _Compiled(lambda m: learner.adapt(m, task.support, key=loss_key), meta)(meta)
+        model = model.member(0) if isinstance(model, Ensemble) else model
+        params, rest = eqx.partition(model, roles.trained(model))
+        data = task.support.draw(model, loss_key)
         loss = lambda p: learner.loss(eqx.combine(p, rest), data)  # noqa: E731
-        value, gradient = jax.jit(jax.value_and_grad(loss))(params)
-        _compare("inner gradient", loss, params, value, gradient, 1, rtol)
+        _compare("inner gradient", loss, params, jax.value_and_grad(loss), 1, rtol)
 
 
 def _defaults(
@@ -185,7 +204,8 @@ def _defaults(
 
 
 def _sample(tasks: TaskDistribution, key: PRNGKeyArray) -> Task:
-    return eqx.filter_jit(lambda keys: jax.vmap(tasks.sample)(keys))(jax.random.split(key, TASKS))
+    keys = jax.random.split(key, TASKS)
+    return _Compiled(jax.vmap(tasks.sample), keys)(keys)
 
 
 def _check_init(learner: MetaLearner, model: Model, key: PRNGKeyArray) -> Meta:
@@ -197,28 +217,17 @@ def _check_init(learner: MetaLearner, model: Model, key: PRNGKeyArray) -> Meta:
 
 
 def _check_program(learner: MetaLearner, meta: Meta, batch: Task, key: PRNGKeyArray) -> None:
-    """What `adapt`, `iterates`, `meta_loss` and a meta-step give, in one compiled program."""
+    """Check `adapt`, `iterates`, `meta_loss` and a meta-step, in one compiled program."""
     task, keys = _rows(batch, 0), jax.random.split(key, TASKS)
-    optimizer = learner.optimizer(10)
+    optimizer, half = learner.optimizer(10), jnp.array(0.5)
+    learner.check_support(meta, task.support, key=key)
 
-    def adapt(meta: Meta) -> Model:
-        return learner.adapt(meta, task.support, key=key)
-
-    def predict(meta: Meta) -> tuple[PyTree, PyTree]:
-        model = adapt(meta)
+    def predict(model: Model) -> tuple[PyTree, PyTree]:
         query = task.query.draw(model, key)
         return roles.apply(model, query.x), query.y
 
-    def iterates(meta: Meta) -> Model:
-        return learner.iterates(meta, task.support, key=key)
-
-    def loss(meta: Meta) -> Any:
-        return learner.meta_loss(meta, task, key=keys[0], progress=jnp.array(0.5))
-
     def losses(meta: Meta) -> Array:
-        def one(task: Task, key: PRNGKeyArray) -> Array:
-            return learner.meta_loss(meta, task, key=key, progress=jnp.array(0.5))[0]
-
+        one = lambda task, key: learner.meta_loss(meta, task, key=key, progress=half)[0]  # noqa: E731
         return jax.vmap(one)(batch, keys)
 
     def step(meta: Meta) -> tuple[PyTree, PyTree]:
@@ -227,42 +236,31 @@ def _check_program(learner: MetaLearner, meta: Meta, batch: Task, key: PRNGKeyAr
         updates, _ = optimizer.update(grads, optimizer.init(trained), trained)
         return grads, optax.apply_updates(trained, updates)
 
-    model = _trace("adapt", adapt, meta)
-    _demand(callable(model), f"adapt gives a {type(model).__name__}, which cannot be called")
-    predictions, targets = _trace("the adapted model", predict, meta)
-    lead = jax.tree.leaves(model)[0].shape[:1] if isinstance(model, Ensemble) else ()
-    if hasattr(predictions, "shape") and hasattr(targets, "shape"):
-        labels = jnp.issubdtype(targets.dtype, jnp.integer)
-        due = (*lead, *targets.shape, *(predictions.shape[-1:] if labels else ()))
-        _demand(
-            predictions.shape == due,
-            f"the adapted model predicts shape {predictions.shape} where {due} is due",
-        )
-    _trace("iterates", iterates, meta)
-    out = _trace("meta_loss", loss, meta)
-    _demand(
-        isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], dict),
-        "meta_loss does not give a pair of a scalar and a dict of metrics",
-    )
-    _demand(jnp.shape(out[0]) == (), f"meta_loss gives shape {jnp.shape(out[0])}, not a scalar")
-    for name, metric in out[1].items():
-        shape = jnp.shape(metric)
-        _demand(shape == (), f"the metric {name!r} of meta_loss has shape {shape}, not a scalar's")
-    _trace("meta_loss, vmapped over tasks,", losses, meta)
-    _trace("a meta-step", step, meta)
-
-    @eqx.filter_jit
     def program(meta: Meta) -> Any:
-        return [_arrays(f(meta)) for f in (adapt, iterates, loss, losses, step)]
+        adapt = lambda meta: learner.adapt(meta, task.support, key=key)  # noqa: E731
+        model = _traced("adapt", adapt, meta)
+        _demand(callable(model), f"adapt gives a {type(model).__name__}, which cannot be called")
+        _check_predictions(model, *_traced("the adapted model", predict, model))
+        iterates = lambda meta: learner.iterates(meta, task.support, key=key)  # noqa: E731
+        path = _traced("iterates", iterates, meta)
+        loss = lambda meta: learner.meta_loss(meta, task, key=keys[0], progress=half)  # noqa: E731
+        out = _traced("meta_loss", loss, meta)
+        _check_meta_loss(out)
+        values = _traced("meta_loss, vmapped over tasks,", losses, meta)
+        return model, path, out[0], values, _traced("a meta-step", step, meta)
 
-    adapted, path, (value, _), values, (grads, new) = program(meta)
+    run = _Compiled(program, meta)
+    adapted, path, value, values, (grads, new) = map(_arrays, run(meta))
+    # Traced anew: what is random on the host differs.
+    again = _Compiled(program, meta)
+    if not again.does_as(run):
+        other, _, otherwise, *_ = map(_arrays, again(meta))
+        _demand(_close(other, adapted, ROUNDING), "adapt differs between calls with one key")
+        _demand(_close(otherwise, value, ROUNDING), "meta_loss differs between calls with one key")
     _demand(bool(np.isfinite(value)), f"meta_loss gives {value}, which is not finite")
-    # Not compiled, and so traced anew: what is random on the host differs.
-    _demand(_near(_arrays(adapt(meta)), adapted), "adapt differs between calls with one key")
-    _demand(_near(loss(meta)[0], value), "meta_loss differs between calls with one key")
-    _demand(_near(values[0], value), "meta_loss by vmap is not meta_loss")
+    _demand(_close(values[0], value, ROUNDING), "meta_loss by vmap is not meta_loss")
     ends = jax.tree.map(lambda leaf: leaf if roles.is_key(leaf) else np.asarray(leaf)[-1], path)
-    _demand(_near(ends, adapted), "the last of iterates is not what adapt gives")
+    _demand(_close(ends, adapted, ROUNDING), "the last of iterates is not what adapt gives")
     trained = eqx.filter(meta, learner.trained(meta))
     _demand(
         _structure(grads) == _structure(trained),
@@ -271,6 +269,30 @@ def _check_program(learner: MetaLearner, meta: Meta, batch: Task, key: PRNGKeyAr
     _demand(bool(tree.finite(grads)), "the meta-gradient is not finite")
     _demand(bool(tree.finite(new)), "a meta-step makes the meta-parameters infinite or NaN")
     _demand(not _same(new, trained), "a meta-step of the default optimizer changes nothing")
+
+
+def _check_predictions(model: Model, predictions: PyTree, targets: PyTree) -> None:
+    """Check the shape of what an adapted model predicts."""
+    lead = jax.tree.leaves(model)[0].shape[:1] if isinstance(model, Ensemble) else ()
+    if hasattr(predictions, "shape") and hasattr(targets, "shape"):
+        labels = jnp.issubdtype(targets.dtype, jnp.integer)
+        due = (*lead, *targets.shape, *(predictions.shape[-1:] if labels else ()))
+        _demand(
+            predictions.shape == due,
+            f"the adapted model predicts shape {predictions.shape} where {due} is due",
+        )
+
+
+def _check_meta_loss(out: Any) -> None:
+    """Check that there is a pair of a scalar and a dict of scalars."""
+    _demand(
+        isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], dict),
+        "meta_loss does not give a pair of a scalar and a dict of metrics",
+    )
+    _demand(jnp.shape(out[0]) == (), f"meta_loss gives shape {jnp.shape(out[0])}, not a scalar")
+    for name, metric in out[1].items():
+        shape = jnp.shape(metric)
+        _demand(shape == (), f"the metric {name!r} of meta_loss has shape {shape}, not a scalar's")
 
 
 def _check_evaluation(
@@ -292,72 +314,66 @@ def _check_round_trip(learner: MetaLearner, model: Model, meta: Meta) -> None:
 
 
 def _check_agreement(learner: MetaLearner, meta: Meta, batch: Task, key: PRNGKeyArray) -> None:
-    """Different ways to one gradient, in float64."""
+    """Check different ways to one gradient, in float64."""
     trained, fixed = eqx.partition(meta, learner.trained(meta))
 
-    def mapped(batch: Task, mapping: Any) -> PyTree:
-        return meta_value_and_grad(learner, meta, batch, key=key, mapping=mapping)[1]
+    def mapped(batch: Task) -> list[PyTree]:
+        ways: tuple[Any, ...] = ("vmap", "scan", 2)
+        run = lambda way: meta_value_and_grad(learner, meta, batch, key=key, mapping=way)[1]  # noqa: E731
+        return [run(way) for way in ways]
 
-    gradients = eqx.filter_jit(lambda batch: [mapped(batch, m) for m in ("vmap", "scan", 2)])
+    def alone(task: Task, key: PRNGKeyArray) -> PyTree:
+        def loss(trained: PyTree) -> Array:
+            here = eqx.combine(trained, fixed)
+            return learner.meta_loss(here, task, key=key, progress=jnp.array(1.0))[0]
 
-    @jax.jit
-    def single(task: Task, key: PRNGKeyArray) -> PyTree:
-        loss = lambda t: learner.meta_loss(  # noqa: E731
-            eqx.combine(t, fixed), task, key=key, progress=jnp.array(1.0)
-        )[0]
         return jax.grad(loss)(trained)
 
+    keys, task = jax.random.split(key, TASKS), _rows(batch, 0)
+    gradients, single = _Compiled(mapped, batch), _Compiled(alone, task, key)
     whole, scanned, chunked = gradients(batch)
     _demand(_close(scanned, whole), "the gradient by scan is not that by vmap")
     _demand(_close(chunked, whole), "the gradient by chunks of 2 tasks is not that by vmap")
-    keys, task = jax.random.split(key, TASKS), _rows(batch, 0)
-    alone = [single(_rows(batch, i), keys[i]) for i in range(TASKS)]
-    mean = jax.tree.map(lambda *leaves: sum(map(_data, leaves)) / TASKS, *alone)
+    each = [single(_rows(batch, i), keys[i]) for i in range(TASKS)]
+    mean = jax.tree.map(lambda *leaves: sum(map(_data, leaves)) / TASKS, *each)
     _demand(_close(mean, whole), "the gradient of a meta-batch is not the mean over its tasks")
 
-    if not _same(single(task, keys[1]), alone[0]):
+    if not _same(single(task, keys[1]), each[0]):
         return  # the key matters: what follows would compare different draws
     _demand(
         _close(gradients(_rows(batch, np.arange(TASKS)[::-1]))[0], whole),
         "the order of the tasks changes the gradient",
     )
-    _demand(_close(gradients(_rows(batch, np.zeros(TASKS, int)))[0], alone[0]),
-            "a meta-batch of equal tasks has another gradient than one of them")  # fmt: skip
+    _demand(
+        _close(gradients(_rows(batch, np.zeros(TASKS, int)))[0], each[0]),
+        "a meta-batch of equal tasks has another gradient than one of them",
+    )
     if isinstance(batch.support, Batch) and isinstance(batch.query, Batch):
         turn = lambda source: _rows(source, np.roll(np.arange(source.size), 1)[::-1])  # noqa: E731
         mixed = Task(turn(task.support), turn(task.query))
-        _demand(_close(single(mixed, keys[0]), alone[0]),
-                "the order of the examples within a batch changes the gradient")  # fmt: skip
-
-
-def _adapted(
-    learner: MetaLearner, meta: Meta, task: Task, key: PRNGKeyArray
-) -> tuple[PyTree, PyTree, Batch]:
-    """Parameters and rest of an adapted model, and a batch for the loss."""
-    model = eqx.filter_jit(learner.adapt)(meta, task.support, key=key)
-    if isinstance(model, Ensemble):
-        model = model.member(0)
-    params, rest = eqx.partition(model, roles.trained(model))
-    return params, rest, task.support.draw(model, key)
+        _demand(
+            _close(single(mixed, keys[0]), each[0]),
+            "the order of the examples within a batch changes the gradient",
+        )
 
 
 def _compare(
     what: str,
     function: Callable[[PyTree], Float[Array, ""]],
     point: PyTree,
-    value: Float[Array, ""],
-    gradient: PyTree,
+    value_and_grad: Callable[[PyTree], tuple[Array, PyTree]],
     seed: int,
     rtol: float,
+    hint: str = "",
 ) -> None:
     """Compare a gradient with finite differences of `function` at `point`."""
+    value, gradient = _Compiled(value_and_grad, point)(point)
     slope = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
     size = float(np.linalg.norm(slope))
     _demand(np.isfinite(size), f"the {what} is not finite")
     h = 2e-4
     weights = {-2: 1 / (12 * h), -1: -8 / (12 * h), 1: 8 / (12 * h), 2: -1 / (12 * h)}
 
-    @jax.jit
     def differences(point: PyTree, directions: PyTree) -> tuple[Array, Array]:
         def along(direction: PyTree) -> Array:
             def at(step: Array) -> Array:
@@ -372,8 +388,9 @@ def _compare(
     leaves, structure = jax.tree.flatten(point)
     ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
     split = np.split(np.stack(directions), ends, axis=1)
-    parts = [part.reshape(-1, *leaf.shape) for part, leaf in zip(split, leaves)]
-    at_point, measured = differences(point, jax.tree.unflatten(structure, parts))
+    parts = [jnp.asarray(part.reshape(-1, *leaf.shape)) for part, leaf in zip(split, leaves)]
+    along = jax.tree.unflatten(structure, parts)
+    at_point, measured = _Compiled(differences, point, along)(point, along)
     _demand(
         abs(float(at_point) - float(value)) <= rtol * (1e-3 + abs(float(value))),
         f"the {what} belongs to the value {value}, and its reference has the value {at_point}",
@@ -386,7 +403,7 @@ def _compare(
         _demand(
             error <= rtol,
             f"the {what} along {name} is {found:.10g}, and finite differences give {fd:.10g}: "
-            f"relative error {error:.1e}, above {rtol:.0e}",
+            f"relative error {error:.1e}, above {rtol:.0e}{hint}",
         )
 
 
@@ -413,6 +430,39 @@ def _directions(
         yield f"one coordinate of {name}", direction
 
 
+class _Compiled:
+    """A function as a compiled program, which goes when this object does.
+
+    Args:
+        function: of pytrees, as are its results.
+        like: arguments of the structure and shapes that it will be called with.
+    """
+
+    def __init__(self, function: Callable[..., Any], *like: Any):
+        arrays, rest = eqx.partition(like, eqx.is_array)
+
+        def traced(arrays: Any) -> Any:
+            found, self._rest = eqx.partition(function(*eqx.combine(arrays, rest)), eqx.is_array)
+            return found
+
+        self._traced = jax.jit(traced).trace(arrays)
+
+    def __call__(self, *args: Any) -> Any:
+        return eqx.combine(self._run(eqx.filter(args, eqx.is_array)), self._rest)
+
+    @functools.cached_property
+    def _run(self) -> Any:
+        return self._traced.lower().compile()
+
+    def does_as(self, other: _Compiled) -> bool:
+        """Whether the two are one program, constants included."""
+        texts, constants = [], []
+        for jaxpr in (self._traced.jaxpr, other._traced.jaxpr):
+            texts.append(re.sub("0x[0-9a-f]+", "", str(jaxpr.jaxpr)))
+            constants.append([_data(one) for one in jaxpr.consts])
+        return texts[0] == texts[1] and _same(*constants)
+
+
 def _double(value: PyTree) -> PyTree:
     """Every floating-point array in float64."""
     return jax.tree.map(
@@ -421,10 +471,10 @@ def _double(value: PyTree) -> PyTree:
     )  # fmt: skip
 
 
-def _trace(what: str, function: Callable[[Meta], Any], meta: Meta) -> Any:
-    """Shapes of what the function gives, or a sentence on why it cannot be traced."""
+def _traced(what: str, function: Callable[[Any], Any], argument: Any) -> Any:
+    """What the function gives, or a sentence on why it cannot be traced."""
     try:
-        return eqx.filter_eval_shape(function, meta)
+        return function(argument)
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
         raise AssertionError(
@@ -446,29 +496,24 @@ def _data(leaf: Any) -> np.ndarray:
 
 
 def _same(a: PyTree, b: PyTree) -> bool:
-    """Equal structures and bits."""
+    """Whether structures and bits are equal."""
     a, b = eqx.filter(a, eqx.is_array_like), eqx.filter(b, eqx.is_array_like)
     if jax.tree.leaves(tree.paths(a)) != jax.tree.leaves(tree.paths(b)):
         return False
     pairs = zip(map(_data, jax.tree.leaves(a)), map(_data, jax.tree.leaves(b)))
-    return all(x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
-               for x, y in pairs)  # fmt: skip
-
-
-def _near(a: PyTree, b: PyTree) -> bool:
-    """Equal up to the rounding of float32, keys aside."""
-    pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b)))
-    return len(jax.tree.leaves(a)) == len(jax.tree.leaves(b)) and all(
-        np.shape(x) == np.shape(y) and np.allclose(x, y, rtol=1e-3, atol=1e-4)
-        for x, y in pairs
-        if not roles.is_key(x)
+    return all(
+        x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes() for x, y in pairs
     )
 
 
-def _close(a: PyTree, b: PyTree) -> bool:
-    pairs = list(zip(map(_data, jax.tree.leaves(a)), map(_data, jax.tree.leaves(b)), strict=True))
-    size = sum(np.sum(y**2) for _, y in pairs) ** 0.5
-    return bool(sum(np.sum((x - y) ** 2) for x, y in pairs) ** 0.5 <= AGREE * (size + 1e-12))
+def _close(a: PyTree, b: PyTree, rtol: float = AGREE) -> bool:
+    """Whether trees are equal but for keys and `rtol` of the second's norm."""
+    pairs = list(itertools.zip_longest(jax.tree.leaves(a), jax.tree.leaves(b)))
+    pairs = [(_data(x), _data(y)) for x, y in pairs if not roles.is_key(y)]
+    if not all(x.shape == y.shape for x, y in pairs):
+        return False
+    norm = lambda parts: sum(float(np.sum(np.abs(part) ** 2.0)) for part in parts) ** 0.5  # noqa: E731
+    return bool(norm(x - y for x, y in pairs) <= rtol * (norm(y for _, y in pairs) + 1e-12))
 
 
 def _rows(value: PyTree, rows: Any) -> PyTree:

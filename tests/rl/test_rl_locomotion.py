@@ -86,7 +86,7 @@ def test_where_the_body_is(glider):
     assert env.seconds == SECONDS
 
 
-class Reckless(ax.MetaLearner):
+class Reckless(ax.Adapter):
     """Falls after adaptation, in the first step."""
 
     loss: ax.Loss = eqx.field(static=True, default=rl.log_prob)

@@ -49,7 +49,7 @@ class Straight(eqx.Module):
         return rl.Gaussian(mean, jnp.full(2, -30.0))
 
 
-class Leap(ax.MetaLearner):
+class Leap(ax.Adapter):
     """Adapts to another velocity, whatever the task; one more with every step."""
 
     loss: ax.Loss = eqx.field(static=True, default=rl.log_prob)

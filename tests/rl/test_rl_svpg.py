@@ -10,6 +10,7 @@ import pytest
 from test_rl_rollout import policy_for
 
 import adaptax as ax
+import references
 from adaptax import rl
 
 KEY = jax.random.key(0)
@@ -138,7 +139,7 @@ def test_the_gradient_is_that_of_the_reference(objective, x64):
 
     @jax.jit
     def reference(x):
-        return learner.reference(points(x), task, at=points(start), key=KEY)
+        return references.policies(learner)(points(x), task, at=points(start), key=KEY)
 
     slope = jax.grad(lambda x: learner.meta_loss(points(x), task, key=KEY)[0])(start)
     along, step = jax.random.normal(jax.random.key(1), start.shape), 1e-4
@@ -268,7 +269,7 @@ def test_runs_on_navigation(name):
     [
         ({"objective": "bfa"}, 'objective is "policy-gradient", "chaser" or "reptile"'),
         ({"temperature": 0.0}, "temperature is positive"),
-        ({"leader_steps": -1}, "inner_steps and leader_steps are 0 or more"),
+        ({"leader_steps": -1}, "leader_steps is 0 or more, not -1"),
         ({"particles": 0}, "particles is 1 or more"),
     ],
 )

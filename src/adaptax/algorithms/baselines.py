@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -32,6 +30,7 @@ class RidgeRegression(MetaLearner):
         ValueError: if the penalty is not positive.
     """
 
+    title = "ridge regression"
     loss: Loss = eqx.field(static=True, default=mse)
     penalty: float = eqx.field(static=True, default=1.0)
 
@@ -74,10 +73,6 @@ class RidgeRegression(MetaLearner):
         """Adam, 0.05: one number, on a logarithmic scale."""
         return optax.adam(0.05)
 
-    def describe(self) -> dict[str, Any]:
-        """The name."""
-        return {"algorithm": "ridge regression"}
-
 
 class NearestClassMean(MetaLearner):
     """Classify by the nearest of the class means of the support: the baseline of LEO.
@@ -97,6 +92,7 @@ class NearestClassMean(MetaLearner):
         ValueError: if scale or way are not positive.
     """
 
+    title = "nearest class mean"
     loss: Loss = eqx.field(static=True, default=cross_entropy)
     way: int = eqx.field(static=True, default=5)
     scale: float = eqx.field(static=True, default=10.0)
@@ -141,10 +137,6 @@ class NearestClassMean(MetaLearner):
     def optimizer(self, steps: int) -> optax.GradientTransformation:
         """Adam, 0.05: one number, on a logarithmic scale."""
         return optax.adam(0.05)
-
-    def describe(self) -> dict[str, Any]:
-        """The name."""
-        return {"algorithm": "nearest class mean"}
 
 
 def _query_loss(

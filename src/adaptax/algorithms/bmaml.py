@@ -11,17 +11,18 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from .. import inner, svgd, tree
-from ..learner import Ensemble, Meta, MetaLearner
+from ..checks import at_least, one_of
+from ..learner import Ensemble, InnerLoop, Meta
 from ..losses import Loss
 from ..task import Batch, Model, Source, Task
 from . import particles
 from .particles import nonempty
 
 
-class BayesianMAML(MetaLearner):
+class BayesianMAML(InnerLoop):
     """Bayesian MAML: M initialisations, adapted together by Stein variational gradient descent.
 
         Θ_n = SVGD_n(Θ_0; S, α),   log p(θ | S) = −L_S(θ) − prior(θ)
@@ -53,8 +54,9 @@ class BayesianMAML(MetaLearner):
     particle, whose kernel is 1 and repulsion 0 here. It draws every particle's weights anew and
     biases from N(0, 0.01²); `spread=1` draws from the statistics of the model's arrays, so biases
     that are all zero stay so. Its Gaussian likelihood and Gamma priors are in `Gaussian`. Its
-    reinforcement learning, with a kernel and a chaser loss of other forms, is not here. The paper
-    sums over the tasks of a meta-batch, its code and we take the mean.
+    reinforcement learning, with a kernel and a chaser loss of other forms, is
+    `adaptax.rl.BayesianMAML`. The paper sums over the tasks of a meta-batch, its code and we take
+    the mean.
 
     Args:
         loss: `−log p` of a batch, of the inner loop and of BFA.
@@ -78,6 +80,7 @@ class BayesianMAML(MetaLearner):
         ValueError: for counts out of range, or options that do not belong to the objective.
     """
 
+    title = "BMAML"
     loss: Loss = eqx.field(static=True)
     inner_lr: inner.Rate = 0.01
     inner_steps: int = eqx.field(static=True, default=1)
@@ -96,14 +99,12 @@ class BayesianMAML(MetaLearner):
 
     def __check_init__(self) -> None:
         particles.check(self.particles, self.spread)
-        if self.objective not in ("chaser", "bfa"):
-            raise ValueError(f'objective is "chaser" or "bfa", not {self.objective!r}')
+        one_of(self, objective=("chaser", "bfa"))
+        at_least(self, 0, "leader_steps")
         if self.objective == "bfa" and not (self.leader_steps is None and self.chase is None):
             raise ValueError(
                 'leader_steps and chase belong to objective="chaser"; leave them out with "bfa"'
             )
-        if self.leader_steps is not None and self.leader_steps < 0:
-            raise ValueError(f"leader_steps is 0 or more, not {self.leader_steps}")
 
     def init(self, model: Model, *, key: PRNGKeyArray) -> Meta:
         """An `Ensemble` around a model, or the one that is given, what is not adapted shared.
@@ -121,94 +122,59 @@ class BayesianMAML(MetaLearner):
         Raises:
             ValueError: if the numbers of particles differ, or a parameter to draw has no spread.
         """
+        first = model.member(0) if isinstance(model, Ensemble) else model
+        mask = tree.adaptable(first, self.adapt_only)
         if isinstance(model, Ensemble):
-            particles.demand(model, self.particles)
-            first = model.member(0)
-            mask = tree.adaptable(first, self.adapt_only)
-            each = eqx.filter(model.stacked().models, mask)
-            return Ensemble(each, eqx.filter(first, mask, inverse=True))
-        mask = tree.adaptable(model, self.adapt_only)
+            each = particles.given(model, self.particles).models
+            return Ensemble(eqx.filter(each, mask), eqx.filter(first, mask, inverse=True))
         how = {"differ": mask, "train_only": self.train_only}
         return particles.around(model, self.particles, self.spread, key, **how)
 
-    def adapt(self, meta: Meta, support: Source, *, key: PRNGKeyArray) -> Model:
-        """An `Ensemble` of the particles after `eval_steps` steps on the support."""
-        return self._descend(meta, support, key, self._eval_steps).model
-
-    def iterates(
-        self, meta: Meta, support: Source, *, key: PRNGKeyArray, steps: int | None = None
-    ) -> Model:
-        """The ensembles after 0, 1, … `steps` (by default `eval_steps`) steps."""
-        steps = self._eval_steps if steps is None else steps
-        return self._descend(meta, support, key, steps, keep_path=True).path
+    def course(self, meta: Meta, support: Source, **how: Any) -> Model:
+        """Return the `Ensemble` after `steps` steps of SVGD, or those on the way."""
+        rate = self.inner_lr
+        if not jax.tree_util.treedef_is_leaf(jax.tree.structure(rate)):
+            rate = Ensemble(rate, rate)  # a rate for every parameter of a model
+        return inner.descend(
+            self._posterior,
+            meta,
+            nonempty(support, "support"),
+            optimizer=optax.chain(svgd.stein(self.kernel), inner.sgd(rate)),
+            first_order=self.first_order,
+            remat=self.remat,
+            adapt_only=tree.under("models"),
+            **how,
+        )
 
     def meta_loss(
         self, meta: Meta, task: Task, *, key: PRNGKeyArray, progress: float | Array = 1.0
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """The chaser loss, or that of the mixture."""
-        chaser = self._descend(meta, task.support, jax.random.split(key, 3)[0], self.inner_steps)
-        return self._compare(chaser.model, chaser.model, task, key), {}
-
-    def reference(
-        self, meta: Meta, task: Task, *, at: Meta, key: PRNGKeyArray, progress: float | Array = 1.0
-    ) -> Float[Array, ""]:
-        """The meta-loss, with the leader computed from `at`.
-
-        To first order the inner steps use the gradients of the log-posterior found from `at`.
-        """
-        adapt_key = jax.random.split(key, 3)[0]
-        moved = meta if self.first_order else None
-        there = self._descend(at, task.support, adapt_key, self.inner_steps, moved=moved)
-        if moved is None:
-            chaser = self._descend(meta, task.support, adapt_key, self.inner_steps).model
-        else:
-            chaser = Ensemble(there.state[-1].models, meta.shared)
-        return self._compare(chaser, there.model, task, key)
+        """Return the chaser loss, or that of the mixture."""
+        chaser_key, query_key, leader_key = jax.random.split(key, 3)
+        chaser = self.course(meta, task.support, key=chaser_key, steps=self.inner_steps)
+        if self.objective == "bfa":
+            query = nonempty(task.query, "query").draw(chaser, query_key)
+            losses = chaser.map(lambda model: self.loss(model, query))
+            return math.log(len(losses)) - jax.nn.logsumexp(-losses), {}
+        seen = _union(task, chaser, query_key)
+        leader = self.course(inner.stop(chaser), seen, key=leader_key, steps=self._leader_steps)
+        return self._distance(chaser, inner.stop(leader)), {}
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
         """Adam, 1e-3 at first and 0.98 of it after every hundredth of the run, as in the code."""
         return optax.adam(lambda step: 1e-3 * 0.98 ** (100 * step / steps))
 
     def describe(self) -> dict[str, Any]:
-        """Name, objective, particles, steps and rate."""
-        return {
-            "algorithm": "BMAML",
-            "objective": self.objective,
-            "inner_steps": self.inner_steps,
-            **({"leader_steps": self._leader_steps} if self.objective == "chaser" else {}),
-            "eval_steps": self._eval_steps,
-            "inner_lr": self.inner_lr if isinstance(self.inner_lr, float) else "given",
-            "first_order": self.first_order,
-        }
-
-    @property
-    def _eval_steps(self) -> int:
-        return self.inner_steps if self.eval_steps is None else self.eval_steps
+        """Return name and hyper-parameters, and how many steps the leader takes."""
+        said = super().describe()
+        return said if self.objective == "bfa" else {**said, "leader_steps": self._leader_steps}
 
     @property
     def _leader_steps(self) -> int:
         return 1 if self.leader_steps is None else self.leader_steps
 
-    def _compare(
-        self, chaser: Ensemble, there: Ensemble, task: Task, key: PRNGKeyArray
-    ) -> Float[Array, ""]:
-        """The outer loss of a chaser, with a leader that continues from `there`."""
-        _, query_key, leader_key = jax.random.split(key, 3)
-        if self.objective == "bfa":
-            query = nonempty(task.query, "query").draw(chaser, query_key)
-            losses = chaser.map(lambda model: self.loss(model, query))
-            return math.log(len(losses)) - jax.nn.logsumexp(-losses)
-        # The leader may see all there is: what the chaser saw, and the queries, of which there may
-        # be none.
-        seen = [source.draw(there, query_key) for source in (task.support, task.query)]
-        if seen[1].y is None:
-            raise ValueError(
-                "the task's query has no targets, y=None, and the leader learns from them; give "
-                "labelled queries, or none, shapes (0, ...)"
-            )
-        union = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *seen)
-        start = inner.stop(there)
-        leader = inner.stop(self._descend(start, union, leader_key, self._leader_steps).model)
+    def _distance(self, chaser: Ensemble, leader: Ensemble) -> Float[Array, ""]:
+        """Return the squared distance of what the chaser loss compares."""
         pair = [one.models for one in (chaser, leader)]
         if self.chase is not None:
             chosen = jax.tree.map(self.chase, tree.paths(chaser.models))
@@ -216,34 +182,6 @@ class BayesianMAML(MetaLearner):
                 raise ValueError("chase chose no parameter that particles differ in")
             pair = [eqx.filter(models, chosen) for models in pair]
         return tree.squared_distance(*pair)
-
-    def _descend(
-        self,
-        meta: Ensemble,
-        support: Source,
-        key: PRNGKeyArray,
-        steps: int,
-        *,
-        moved: Ensemble | None = None,
-        **how: Any,
-    ) -> inner.Descent:
-        """SVGD; with `moved`, the last of the rule's states is where that comes to be."""
-        rate = self.inner_lr
-        if not jax.tree_util.treedef_is_leaf(jax.tree.structure(rate)):
-            rate = Ensemble(rate, rate)  # a rate for every parameter of a model
-        rule = optax.chain(svgd.stein(self.kernel), inner.sgd(rate))
-        return inner.run(
-            self._posterior,
-            meta,
-            nonempty(support, "support"),
-            key=key,
-            steps=steps,
-            optimizer=rule if moved is None else _alongside(rule, moved),
-            first_order=self.first_order,
-            remat=self.remat,
-            adapt_only=tree.under("models"),
-            **how,
-        )
 
     def _posterior(self, ensemble: Ensemble, batch: Batch) -> Float[Array, ""]:
         """`−Σ_m log p(θ^m | batch)`, whose gradient is that of each particle."""
@@ -255,17 +193,12 @@ class BayesianMAML(MetaLearner):
         return jnp.sum(ensemble.map(one))
 
 
-def _alongside(rule: optax.GradientTransformation, moved: Ensemble) -> optax.GradientTransformation:
-    """The rule, which also moves other particles, by the gradients of those it is run on."""
-
-    def init(params: Ensemble) -> PyTree:
-        other = Ensemble(moved.models, params.shared)
-        return rule.init(params), rule.init(other), other
-
-    def update(grads: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
-        own, other, moved = state
-        updates, own = rule.update(grads, own, params)
-        more, other = rule.update(grads, other, moved)
-        return updates, (own, other, optax.apply_updates(moved, more))
-
-    return optax.GradientTransformation(init, update)
+def _union(task: Task, chaser: Ensemble, key: PRNGKeyArray) -> Batch:
+    """Return what the leader may see: what the chaser saw, and the queries, if there are any."""
+    seen = [source.draw(chaser, key) for source in (task.support, task.query)]
+    if seen[1].y is None:
+        raise ValueError(
+            "the task's query has no targets, y=None, and the leader learns from them; give "
+            "labelled queries, or none, shapes (0, ...)"
+        )
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *seen)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -11,12 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .. import tree
-from ..learner import Ensemble, Meta, MetaLearner
+from ..learner import Adapter, Ensemble, Meta
 from ..losses import Loss
 from ..task import Model, Source
 
 
-class CheckpointEnsemble(MetaLearner):
+class CheckpointEnsemble(Adapter):
     """Adapts several checkpoints of one meta-training to a task, and averages their predictions.
 
     MAML++ (Antoniou, Edwards & Storkey 2019, arXiv:1810.09502) reports the ensemble of its best
@@ -33,7 +32,7 @@ class CheckpointEnsemble(MetaLearner):
     """
 
     loss: Loss = eqx.field(static=True)
-    learner: MetaLearner
+    learner: Adapter
 
     def check_support(self, meta: Meta, support: Any, *, key: PRNGKeyArray) -> None:
         """As the learner checks it."""
@@ -50,21 +49,13 @@ class CheckpointEnsemble(MetaLearner):
         adapt = lambda meta: self._inner.iterates(meta, support, key=key, steps=steps)  # noqa: E731
         return self._each(meta, adapt, 1)
 
-    def meta_loss(self, *_: Any, **__: Any) -> Any:
-        """There is none.
-
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError("an ensemble of checkpoints is evaluated, not trained")
-
     def describe(self) -> dict[str, Any]:
         """As the learner describes itself, and how predictions are combined."""
         return {**self.learner.describe(), "combined": "mean of logits"}
 
     @property
-    def _inner(self) -> MetaLearner:
-        return dataclasses.replace(self.learner, loss=self.loss)
+    def _inner(self) -> Adapter:
+        return self.learner.with_loss(self.loss)
 
     def _each(self, meta: Meta, adapt: Any, axis: int) -> MeanOfLogits:
         count = len(jax.tree.leaves(tree.parameters(meta))[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -13,10 +13,15 @@ from jax.nn import initializers
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from .. import roles, tree
-from ..models import MLP, Linear
 from ..task import Batch, Model
 
 Activation = Callable[[Array], Array]
+
+Widths = tuple[tuple[int, ...], ...]
+"""Of the hidden layers of encoder, relation and decoder."""
+
+Codes = tuple[Float[Array, "*codes"], Float[Array, "*codes"]]
+"""Mean and standard deviation."""
 
 FLOOR = 1e-10
 """The least standard deviation."""
@@ -35,20 +40,40 @@ def deviation(
     return jnp.maximum(jnp.expm1(u) + offset, FLOOR)
 
 
-class Gaussian(eqx.Module):
-    """A Gaussian with independent coordinates.
+class Layer(NamedTuple):
+    """`x W + b`."""
 
-    Args:
-        mean: of each coordinate.
-        std: standard deviation of each.
-    """
+    weight: Float[Array, "in_size out_size"]
+    bias: Float[Array, " out_size"]
 
-    mean: Float[Array, "*codes"]
-    std: Float[Array, "*codes"]
+    def __call__(self, x: Float[Array, "n in_size"]) -> Float[Array, "n out_size"]:
+        """Return a batch of outputs."""
+        return x @ self.weight + self.bias
 
-    def at(self, noise: Float[Array, "*codes"] | None) -> Float[Array, "*codes"]:
-        """`mean + std ∘ noise`; the mean without noise."""
-        return self.mean if noise is None else self.mean + self.std * noise
+
+class Perceptron(NamedTuple):
+    """Layers, an activation after each but the last."""
+
+    layers: tuple[Layer, ...]
+    head: Layer
+
+    def __call__(
+        self, x: Float[Array, "n in_size"], activation: Activation
+    ) -> Float[Array, "n out_size"]:
+        """Return a batch of outputs."""
+        for layer in self.layers:
+            x = activation(layer(x))
+        return self.head(x)
+
+
+def _layer(key: PRNGKeyArray, in_size: int, out_size: int) -> Layer:
+    weight = initializers.glorot_uniform()(key, (in_size, out_size))
+    return Layer(weight, jnp.zeros(out_size))
+
+
+def _perceptron(key: PRNGKeyArray, *sizes: int) -> Perceptron:
+    *layers, head = map(_layer, jax.random.split(key, len(sizes) - 1), sizes, sizes[1:])
+    return Perceptron(tuple(layers), head)
 
 
 class Template(eqx.Module):
@@ -101,6 +126,7 @@ class ClassCodes(eqx.Module):
             bias, which is zero in what is generated.
         latent: l.
         prior: `"random"` draws codes from N(0, 1) whatever the support.
+        hidden: not used.
         key: of the initialisation.
         activation: of the relation network; ReLU in the paper.
         train_only: which parameters are generated; see `LEO`.
@@ -115,6 +141,10 @@ class ClassCodes(eqx.Module):
     template: Template
     prior: str = eqx.field(static=True)
     way: int = eqx.field(static=True)
+    scaled: ClassVar[bool] = False
+    """Whether the rates are learned in units of where they start."""
+    alike: ClassVar[str] = "the codes of different classes are {:.1e} apart"
+    """Words for codes that coincide."""
     activation: Activation = eqx.field(static=True)
 
     def __init__(
@@ -123,6 +153,7 @@ class ClassCodes(eqx.Module):
         latent: int,
         prior: str,
         *,
+        hidden: Widths = (),
         key: PRNGKeyArray,
         activation: Activation = jax.nn.relu,
         train_only: tree.Predicate | None = None,
@@ -151,7 +182,7 @@ class ClassCodes(eqx.Module):
 
     @property
     def rows(self) -> Float[Array, "l d2"]:
-        """What is to have orthogonal rows."""
+        """Matrix whose rows are regularised."""
         return self.decoder
 
     @property
@@ -182,20 +213,28 @@ class ClassCodes(eqx.Module):
             )
         return jnp.where(balanced, support.x[order].reshape(self.way, -1, self.width), jnp.nan)
 
-    def encode(self, x: Float[Array, "way shot d"]) -> Gaussian:
-        """The distribution of the codes, `(way, shot, l)`, equal for the shots of a class."""
+    def check_query(self, query: Batch) -> None:
+        """Raise unless the queries are embeddings of that width, with labels."""
+        check_embeddings(query, self.width, "query")
+
+    def encode(self, x: Float[Array, "way shot d"]) -> Codes:
+        """Return mean and σ of the codes, `(way, shot, l)`, equal for the shots of a class."""
         way, shot, _ = x.shape
         latent = self.decoder.shape[0]
         if self.prior == "random":
             zeros = jnp.zeros((way, shot, latent), x.dtype)
-            return Gaussian(zeros, jnp.ones_like(zeros))
+            return zeros, jnp.ones_like(zeros)
         first, second, third = self.relation
         e = (x @ self.encoder).reshape(-1, latent)
         pairs = self.activation((e @ first[:latent])[:, None] + e @ first[latent:])
         pairs = self.activation(pairs.reshape(-1, 2 * latent) @ second)
         related = jnp.mean(pairs.reshape(way, -1, 2 * latent), axis=1) @ third
         tiled = jnp.broadcast_to(related[:, None], (way, shot, 2 * latent))
-        return Gaussian(tiled[..., :latent], deviation(tiled[..., latent:]))
+        return tiled[..., :latent], deviation(tiled[..., latent:])
+
+    def apart(self, mean: Float[Array, "way shot l"]) -> Float[Array, " l"]:
+        """Return how far the classes are apart."""
+        return jnp.std(mean[:, 0], axis=0)
 
     def noise(self, key: PRNGKeyArray, z: Float[Array, "way shot l"]) -> Float[Array, ...]:
         """What `decode` takes."""
@@ -212,13 +251,15 @@ class ClassCodes(eqx.Module):
         std = deviation(z @ self.decoder[:, self.width :], offset)
         return mean + jnp.mean(std * noise, axis=1)
 
-    def step(self, rates: Float[Array, " d"], shot: int) -> Float[Array, " d"]:
-        """The rates at which `decode`'s weights are to be tuned.
+    def step(
+        self, rates: Float[Array, " d"], features: Float[Array, "way shot d"]
+    ) -> Float[Array, " d"]:
+        """Return the rates at which `decode`'s weights are tuned.
 
         The code tunes the weights of each shot, whose mean classifies, and has a derivative of
         1/K of that of the mean: so does the mean move.
         """
-        return rates / shot
+        return rates / features.shape[1]
 
     def model(self, weights: Float[Array, "way d"]) -> Model:
         """The classifier of these weights."""
@@ -255,23 +296,26 @@ class TaskCode(eqx.Module):
         ValueError: for a model without matrices.
     """
 
-    encoder: MLP
-    relation: MLP
-    decoder: MLP
-    mean: Linear
-    spread: Linear
+    encoder: Perceptron
+    relation: Perceptron
+    decoder: Perceptron
+    mean: Layer
+    spread: Layer
     template: Template
     latent: int = eqx.field(static=True)
     prior: str = eqx.field(static=True)
     sizes: tuple[int, int] = eqx.field(static=True)
+    activation: Activation = eqx.field(static=True)
+    scaled: ClassVar[bool] = True
+    alike: ClassVar[str] = "all codes are within {:.1e}"
 
     def __init__(
         self,
         model: Model,
         latent: int,
         prior: str,
-        hidden: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
         *,
+        hidden: Widths,
         key: PRNGKeyArray,
         activation: Activation = jax.nn.relu,
         train_only: tree.Predicate | None = None,
@@ -285,16 +329,15 @@ class TaskCode(eqx.Module):
                 f"parameters have shapes {shapes}; give it an MLP"
             )
         self.sizes = (matrices[0][0], matrices[-1][1])
-        self.latent, self.prior = latent, prior
+        self.latent, self.prior, self.activation = latent, prior, activation
         keys = jax.random.split(key, 5)
         (*first, features), second, (*third, last) = hidden
         start = jnp.concatenate([leaf.ravel() for leaf in chosen])
-        self.encoder = MLP(sum(self.sizes), features, first, key=keys[0], activation=activation)
-        self.relation = MLP(2 * features, 2 * latent, second, key=keys[1], activation=activation)
-        self.decoder = MLP(latent, last, third, key=keys[2], activation=activation)
-        mean = Linear(last, start.size, key=keys[3])
-        self.mean = eqx.tree_at(lambda layer: layer.bias, mean, start)
-        self.spread = Linear(last, start.size, key=keys[4])
+        self.encoder = _perceptron(keys[0], sum(self.sizes), *first, features)
+        self.relation = _perceptron(keys[1], 2 * features, *second, 2 * latent)
+        self.decoder = _perceptron(keys[2], latent, *third, last)
+        self.mean = _layer(keys[3], last, start.size)._replace(bias=start)
+        self.spread = _layer(keys[4], last, start.size)
 
     @property
     def count(self) -> int:
@@ -303,7 +346,7 @@ class TaskCode(eqx.Module):
 
     @property
     def rows(self) -> Float[Array, "hidden count2"]:
-        """What is to have orthogonal rows: the decoder's last matrices, side by side."""
+        """Matrix whose rows are regularised: the decoder's last matrices, side by side."""
         return jnp.concatenate([self.mean.weight, self.spread.weight], axis=1)
 
     @property
@@ -327,14 +370,21 @@ class TaskCode(eqx.Module):
         check_finite(found, "support")
         return found
 
-    def encode(self, x: Float[Array, "n inputs"]) -> Gaussian:
-        """The distribution of the code, `(l,)`."""
+    def check_query(self, query: Batch) -> None:
+        """Queries are what the network that is generated takes."""
+
+    def encode(self, x: Float[Array, "n inputs"]) -> Codes:
+        """Return mean and σ of the code, `(l,)`."""
         if self.prior == "random":
-            return Gaussian(jnp.zeros(self.latent, x.dtype), jnp.ones(self.latent, x.dtype))
-        e = self.encoder(x)
+            return jnp.zeros(self.latent, x.dtype), jnp.ones(self.latent, x.dtype)
+        e = self.encoder(x, self.activation)
         pairs = jnp.concatenate([jnp.repeat(e, len(e), axis=0), jnp.tile(e, (len(e), 1))], axis=1)
-        mean, u = jnp.split(jnp.mean(self.relation(pairs), axis=0), 2)
-        return Gaussian(mean, deviation(u))
+        mean, u = jnp.split(jnp.mean(self.relation(pairs, self.activation), axis=0), 2)
+        return mean, deviation(u)
+
+    def apart(self, mean: Float[Array, " l"]) -> Float[Array, " l"]:
+        """Return how far the code is from none."""
+        return jnp.abs(mean)
 
     def noise(self, key: PRNGKeyArray, z: Float[Array, " l"]) -> Float[Array, " count"]:
         """What `decode` takes."""
@@ -344,17 +394,19 @@ class TaskCode(eqx.Module):
         self, z: Float[Array, " l"], noise: Float[Array, " count"] | None
     ) -> Float[Array, " count"]:
         """All weights of the model in one vector; their mean without noise."""
-        features = self.decoder.activation(self.decoder(z[None]))
+        features = self.activation(self.decoder(z[None], self.activation))
         (mean,) = self.mean(features)
         if noise is None:
             return mean
         (u,) = self.spread(features)
         scale = lambda s: math.sqrt(2 / sum(s)) if len(s) == 2 else 1e-3  # noqa: E731
         offsets = [jnp.full(math.prod(s), scale(s), z.dtype) for s in self.template.shapes]
-        return Gaussian(mean, deviation(u, jnp.concatenate(offsets))).at(noise)
+        return mean + deviation(u, jnp.concatenate(offsets)) * noise
 
-    def step(self, rates: Float[Array, " count"], shot: int) -> Float[Array, " count"]:
-        """The rates at which the weights are tuned."""
+    def step(
+        self, rates: Float[Array, " count"], features: Float[Array, "n inputs"]
+    ) -> Float[Array, " count"]:
+        """Return the rates at which the weights are tuned."""
         return rates
 
     def model(self, weights: Float[Array, " count"]) -> Model:
@@ -364,6 +416,10 @@ class TaskCode(eqx.Module):
             ends.append(ends[-1] + math.prod(shape))
         parts = zip(ends, ends[1:], self.template.shapes, strict=False)
         return self.template.model([weights[a:b].reshape(shape) for a, b, shape in parts])
+
+
+GENERATORS: dict[str, Any] = {"class": ClassCodes, "task": TaskCode}
+"""Generators by what there is a code for."""
 
 
 def check_embeddings(batch: Batch, width: int, name: str) -> None:

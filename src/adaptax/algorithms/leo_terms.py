@@ -1,10 +1,10 @@
-"""The terms of LEO's objective, its dropout, and what is done about gradients."""
+"""The terms of LEO's objective, its dropout, and what bounds and scales gradients."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -12,23 +12,38 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from .. import roles, tree
-from ..learner import Meta
-from ..task import Model, Task
-from .leo_networks import Gaussian
+from .. import inner, roles, tree
+from ..task import Model
+
+COLLAPSED = 1e-6
+"""Standard deviations below which `collapse` speaks."""
 
 
-def sampled_kl(prior: Gaussian, noise: Float[Array, "*codes"]) -> Float[Array, ""]:
-    """`mean [log q(z) − log N(z; 0, 1)]` at the sample `z = m + σε`, over entries.
+class Course(NamedTuple):
+    """What happens to a support set: the codes' distribution, a draw of it, both inner loops."""
+
+    mean: Float[Array, ...]
+    std: Float[Array, ...]
+    noise: Float[Array, ...] | None
+    start: Float[Array, ...]
+    latent: inner.Descent
+    tuned: inner.Descent
+
+
+def sampled_kl(
+    mean: Float[Array, "*codes"], std: Float[Array, "*codes"], noise: Float[Array, "*codes"]
+) -> Float[Array, ""]:
+    """Return `mean [log q(z) − log N(z; 0, 1)]` at the sample `z = m + σε`, over entries.
 
     Its mean over ε is the KL divergence `½(σ² + m² − 1 − log σ²)`. With ε for `(z − m)/σ`, which
     loses its digits where σ is small.
 
     Args:
-        prior: q.
+        mean: m.
+        std: σ.
         noise: ε.
     """
-    return jnp.mean((prior.at(noise) ** 2 - noise**2) / 2 - jnp.log(prior.std))
+    return jnp.mean(((mean + std * noise) ** 2 - noise**2) / 2 - jnp.log(std))
 
 
 def encoder_penalty(start: Float[Array, "*codes"], end: Float[Array, "*codes"]) -> Float[Array, ""]:
@@ -96,8 +111,11 @@ class Dropping(eqx.Module):
 
 
 def dropping(model: Model, key: PRNGKeyArray | None, rate: float) -> Model:
-    """The model with dropout on its inputs; as it is without a key."""
-    return model if key is None or rate == 0 else Dropping(model, key, rate)
+    """Return the model with dropout on its inputs, and other keys of its own."""
+    if key is None:
+        return model
+    model = roles.fresh(model, key)
+    return model if rate == 0 else Dropping(model, key, rate)
 
 
 def clip_each_by_norm(limit: float) -> optax.GradientTransformation:
@@ -110,68 +128,49 @@ def clip_each_by_norm(limit: float) -> optax.GradientTransformation:
     return optax.stateless_with_tree_map(clip)
 
 
-def bounded(limit: float) -> optax.GradientTransformation:
-    """Scales what an inner loop descends down to a norm of `limit`, if it is above.
+def bounded(limit: float | None) -> optax.GradientTransformation:
+    """Scale what an inner loop descends down to a norm of `limit`, if there is one.
 
     By the root of `max(‖g‖², limit²)`, which has a derivative where g is zero.
     """
+    if limit is None:
+        return optax.identity()
 
     def bound(grads: PyTree, _: Any) -> PyTree:
         square = sum(jnp.sum(tree.wide(g) ** 2) for g in jax.tree.leaves(grads))
-        return tree.in_types_of(
-            grads, optax.tree.scale(limit / jnp.sqrt(jnp.maximum(square, limit**2)), grads)
-        )
+        factor = limit / jnp.sqrt(jnp.maximum(square, limit**2))
+        return tree.in_types_of(grads, optax.tree.scale(factor, grads))
 
     return optax.stateless(bound)
 
 
-RESCUE = 1e-4
-"""Weight of the decay that takes the place of a gradient that is not finite."""
+def scaled(units: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiply the updates of the parts of a dict that have a unit by it."""
+
+    def scale(updates: dict[str, PyTree], _: Any) -> dict[str, PyTree]:
+        return {n: optax.tree.scale(units.get(n, 1.0), part) for n, part in updates.items()}
+
+    return optax.stateless(scale)
 
 
-def rescue(
-    objective: Callable[..., Any], meta: Meta, task: Task, key: PRNGKeyArray
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """An objective and its metrics; `10⁻⁴ · ½‖networks‖²` where it or its gradient is not finite.
-
-    Unless the data themselves are not: then it is NaN, and `fit` says so. The gradient is taken
-    with the value, and so exists once.
+def collapse(metrics: Mapping[str, Any], alike: str, *, random: bool, points: bool) -> str | None:
+    """Return a sentence if codes coincide or their noise is gone, else `None`; see `LEO.collapsed`.
 
     Args:
-        objective: of `(meta, task, key)` to value, metrics, and whether the data are finite.
-        meta: the meta-parameters.
-        task: one task.
-        key: of the objective.
+        metrics: `latent_spread` and `latent_std`.
+        alike: words for codes that coincide, with a place for how far apart they are.
+        random: codes know nothing of the support by choice.
+        points: codes have no noise by choice.
     """
-
-    def decay(trained: Meta) -> Meta:
-        still = jax.tree.map(jnp.zeros_like, trained)
-        return {**still, "networks": jax.tree.map(lambda w: RESCUE * w, trained["networks"])}
-
-    def judged(meta: Meta, value: Array, metrics: dict[str, Array], bad: Array) -> Any:
-        half = RESCUE * tree.norm(meta["networks"]) ** 2 / 2
-        return jnp.where(bad, half, value), {**metrics, "rescued": bad.astype(value.dtype)}
-
-    @eqx.filter_custom_vjp
-    def call(meta: Meta, task: Task, key: PRNGKeyArray) -> Any:
-        value, metrics, usable = objective(meta, task, key)
-        return judged(meta, value, metrics, usable & ~jnp.isfinite(value))
-
-    def forward(perturbed: Any, meta: Meta, task: Task, key: PRNGKeyArray) -> Any:
-        trained, fixed = eqx.partition(meta, roles.trained(meta))
-
-        def scalar(trained: Meta) -> Any:
-            value, metrics, usable = objective(eqx.combine(trained, fixed), task, key)
-            return value, (metrics, usable)
-
-        (value, (metrics, usable)), grads = jax.value_and_grad(scalar, has_aux=True)(trained)
-        bad = usable & ~(jnp.isfinite(value) & tree.finite(grads))
-        grads = jax.tree.map(lambda g, d: jnp.where(bad, d, g), grads, decay(trained))
-        return judged(meta, value, metrics, bad), grads
-
-    def backward(grads: Meta, cotangent: Any, *_: Any) -> Meta:
-        return jax.tree.map(lambda leaf: cotangent[0] * leaf, grads)
-
-    call.def_fwd(forward)
-    call.def_bwd(backward)
-    return call(meta, task, key)
+    spread, std = (float(metrics.get(name, 1)) for name in ("latent_spread", "latent_std"))
+    if spread < COLLAPSED and not random:
+        return (
+            f"LEO's latent has collapsed: {alike.format(spread)} and say nothing of the support; "
+            "lower kl_weight or the outer step size"
+        )
+    if std < COLLAPSED and not points:
+        return (
+            f"LEO's latent has collapsed: the noise of its codes is {std:.1e}, so they are points; "
+            "raise kl_weight, or say stochastic=False if that is wanted"
+        )
+    return None

@@ -7,17 +7,16 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .. import inner, tree
-from ..learner import Meta, MetaLearner
+from ..learner import InnerLoop, Meta
 from ..losses import Loss
 from ..task import Model, Source, Task
 
 
-class MAML(MetaLearner):
+class MAML(InnerLoop):
     """Model-agnostic meta-learning: an initialisation from which a few gradient steps go far.
 
         θ_0 = θ,   θ_{j+1} = θ_j − α ∇L_S(θ_j),   meta-loss  L_Q(θ_k)
@@ -55,58 +54,12 @@ class MAML(MetaLearner):
     adapt_only: tree.Predicate | None = eqx.field(static=True, default=None)
     inner_optimizer: optax.GradientTransformation | None = eqx.field(static=True, default=None)
 
-    def adapt(self, meta: Meta, support: Source, *, key: PRNGKeyArray) -> Model:
-        """The model after `eval_steps` steps on the support."""
-        return self._descend(meta, support, key, self._eval_steps).model
-
-    def iterates(
-        self, meta: Meta, support: Source, *, key: PRNGKeyArray, steps: int | None = None
-    ) -> Model:
-        """The models after 0, 1, … `steps` (by default `eval_steps`) steps."""
-        steps = self._eval_steps if steps is None else steps
-        return self._descend(meta, support, key, steps, keep_path=True).path
-
-    def meta_loss(
-        self, meta: Meta, task: Task, *, key: PRNGKeyArray, progress: float | Array = 1.0
-    ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """`L_Q(U_k(θ; S))`."""
-        adapt_key, query_key = jax.random.split(key)
-        model = self._descend(meta, task.support, adapt_key, self.inner_steps).model
-        return self.loss(model, task.query.draw(model, query_key)), {}
-
-    def reference(
-        self, meta: Meta, task: Task, *, at: Meta, key: PRNGKeyArray, progress: float | Array = 1.0
-    ) -> Float[Array, ""]:
-        """The meta-loss; for FOMAML `L_Q(U_k(at; S) + θ − at)`, the inner steps held fixed."""
-        if not self.first_order:
-            return self.meta_loss(meta, task, key=key, progress=progress)[0]
-        adapt_key, query_key = jax.random.split(key)
-        model = self._descend(at, task.support, adapt_key, self.inner_steps).model
-        model = tree.shift(model, meta, at)
-        return self.loss(model, task.query.draw(model, query_key))
-
-    def describe(self) -> dict[str, Any]:
-        """Name, steps and rate."""
-        return {
-            "algorithm": "FOMAML" if self.first_order else "MAML",
-            "inner_steps": self.inner_steps,
-            "eval_steps": self._eval_steps,
-            "inner_lr": self.inner_lr if isinstance(self.inner_lr, float) else "given",
-        }
-
-    @property
-    def _eval_steps(self) -> int:
-        return self.inner_steps if self.eval_steps is None else self.eval_steps
-
-    def _descend(
-        self, model: Model, support: Source, key: PRNGKeyArray, steps: int, **how: Any
-    ) -> inner.Descent:
-        return inner.run(
+    def course(self, meta: Meta, support: Source, **how: Any) -> Model:
+        """Return `U_steps(θ; S)`, or the models on the way."""
+        return inner.descend(
             self.loss,
-            model,
+            meta,
             support,
-            key=key,
-            steps=steps,
             lr=None if self.inner_optimizer else self.inner_lr,
             optimizer=self.inner_optimizer,
             first_order=self.first_order,
@@ -114,6 +67,18 @@ class MAML(MetaLearner):
             adapt_only=self.adapt_only,
             **how,
         )
+
+    def meta_loss(
+        self, meta: Meta, task: Task, *, key: PRNGKeyArray, progress: float | Array = 1.0
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """Return `L_Q(U_k(θ; S))`."""
+        adapt_key, query_key = jax.random.split(key)
+        model = self.course(meta, task.support, key=adapt_key, steps=self.inner_steps)
+        return self.loss(model, task.query.draw(model, query_key)), {}
+
+    def describe(self) -> dict[str, Any]:
+        """Return name and hyper-parameters."""
+        return {**super().describe(), "algorithm": "FOMAML" if self.first_order else "MAML"}
 
 
 def FOMAML(loss: Loss, inner_lr: inner.Rate = 0.01, inner_steps: int = 1, **how: Any) -> MAML:
@@ -141,7 +106,7 @@ def ANIL(
     return MAML(loss, inner_lr, inner_steps, adapt_only=tree.under(head), **how)
 
 
-class MetaSGD(MetaLearner):
+class MetaSGD(InnerLoop):
     """Meta-SGD (Li et al. 2017, arXiv:1707.09835): MAML with a learned rate for every weight.
 
         θ' = θ − α ∘ ∇L_S(θ),   meta-loss  L_Q(θ'),   minimised over θ and α
@@ -165,60 +130,25 @@ class MetaSGD(MetaLearner):
     adapt_only: tree.Predicate | None = eqx.field(static=True, default=None)
 
     def init(self, model: Model, *, key: PRNGKeyArray) -> Meta:
-        """`{"model": the model, "lr": a rate for every parameter}`."""
+        """Return `{"model": the model, "lr": a rate for every parameter}`."""
         return {"model": model, "lr": tree.full_like(model, self.inner_lr)}
 
-    def adapt(self, meta: Meta, support: Source, *, key: PRNGKeyArray) -> Model:
-        """The model after `inner_steps` steps with the learned rates."""
-        return self._descend(meta, support, key, self.inner_steps).model
-
-    def iterates(
-        self, meta: Meta, support: Source, *, key: PRNGKeyArray, steps: int | None = None
-    ) -> Model:
-        """The models after 0, 1, … `steps` (by default `inner_steps`) steps."""
-        steps = self.inner_steps if steps is None else steps
-        return self._descend(meta, support, key, steps, keep_path=True).path
-
-    def meta_loss(
-        self, meta: Meta, task: Task, *, key: PRNGKeyArray, progress: float | Array = 1.0
-    ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """`L_Q(θ − α ∘ ∇L_S(θ))`."""
-        adapt_key, query_key = jax.random.split(key)
-        model = self.adapt(meta, task.support, key=adapt_key)
-        return self.loss(model, task.query.draw(model, query_key)), {}
-
-    def reference(
-        self, meta: Meta, task: Task, *, at: Meta, key: PRNGKeyArray, progress: float | Array = 1.0
-    ) -> Float[Array, ""]:
-        """The meta-loss; to first order `L_Q(θ − α ∘ G)`, G the inner gradients summed at `at`."""
-        if not self.first_order:
-            return self.meta_loss(meta, task, key=key, progress=progress)[0]
-        adapt_key, query_key = jax.random.split(key)
-        chosen = tree.adaptable(at["model"], self.adapt_only)
-        step = lambda rates, g: jax.tree.map(lambda r, g: -r * g, rates, g)  # noqa: E731
-        rates = eqx.filter(at["lr"], chosen)
-        rule = optax.GradientTransformation(
-            lambda params: jax.tree.map(jnp.zeros_like, params),
-            lambda g, total, params: (step(rates, g), jax.tree.map(jnp.add, total, g)),
-        )
-        total = inner.run(
-            self.loss, at["model"], task.support, key=adapt_key, steps=self.inner_steps,
-            optimizer=rule, first_order=True, adapt_only=self.adapt_only,
-        ).state  # fmt: skip
-        model = eqx.apply_updates(meta["model"], step(eqx.filter(meta["lr"], chosen), total))
-        return self.loss(model, task.query.draw(model, query_key))
-
-    def _descend(
-        self, meta: Meta, support: Source, key: PRNGKeyArray, steps: int, **how: Any
-    ) -> inner.Descent:
-        return inner.run(
+    def course(self, meta: Meta, support: Source, **how: Any) -> Model:
+        """Return the model after `steps` steps with the learned rates, or those on the way."""
+        return inner.descend(
             self.loss,
             meta["model"],
             support,
-            key=key,
-            steps=steps,
             lr=meta["lr"],
             first_order=self.first_order,
             adapt_only=self.adapt_only,
             **how,
         )
+
+    def meta_loss(
+        self, meta: Meta, task: Task, *, key: PRNGKeyArray, progress: float | Array = 1.0
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """Return `L_Q(θ − α ∘ ∇L_S(θ))`."""
+        adapt_key, query_key = jax.random.split(key)
+        model = self.adapt(meta, task.support, key=adapt_key)
+        return self.loss(model, task.query.draw(model, query_key)), {}

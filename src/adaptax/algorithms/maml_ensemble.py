@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .. import inner, tree
-from ..learner import Ensemble, Meta, MetaLearner
+from ..learner import Ensemble, InnerLoop, Meta
 from ..losses import Loss
 from ..task import Model, Source, Task
 from . import particles
 from .maml import MAML
 
 
-class MAMLEnsemble(MetaLearner):
+class MAMLEnsemble(InnerLoop):
     """M independent MAMLs, trained on the same tasks: the baseline EMAML of Bayesian MAML.
 
         meta-loss  Σ_m L_Q(U_k(θ^m; S))
@@ -42,6 +42,7 @@ class MAMLEnsemble(MetaLearner):
         ValueError: for counts out of range.
     """
 
+    title = "EMAML"
     loss: Loss = eqx.field(static=True)
     inner_lr: inner.Rate = 0.01
     inner_steps: int = eqx.field(static=True, default=1)
@@ -57,54 +58,22 @@ class MAMLEnsemble(MetaLearner):
         particles.check(self.particles, self.spread)
 
     def init(self, model: Model, *, key: PRNGKeyArray) -> Meta:
-        """An `Ensemble` around a model, its first member, or the one that is given."""
-        if isinstance(model, Ensemble):
-            particles.demand(model, self.particles)
-            return model.stacked()
-        how = {"train_only": self.train_only}
-        return particles.around(model, self.particles, self.spread, key, **how).stacked()
+        """Return an `Ensemble` around a model, its first member, or the one that is given."""
+        return particles.start(model, self.particles, self.spread, key, self.train_only)
 
-    def adapt(self, meta: Meta, support: Source, *, key: PRNGKeyArray) -> Model:
-        """An `Ensemble` of every member after `eval_steps` steps on the support."""
-        return Ensemble(meta.map(lambda model: self._maml.adapt(model, support, key=key)))
-
-    def iterates(
-        self, meta: Meta, support: Source, *, key: PRNGKeyArray, steps: int | None = None
-    ) -> Model:
-        """The ensembles after 0, 1, … `steps` (by default `eval_steps`) steps."""
-        path = lambda model: self._maml.iterates(model, support, key=key, steps=steps)  # noqa: E731
-        return Ensemble(eqx.filter_vmap(path, out_axes=eqx.if_array(1))(meta.models))
+    def course(self, meta: Meta, support: Source, *, keep_path: bool = False, **how: Any) -> Model:
+        """Return an `Ensemble` of every member after `steps` steps, or those on the way."""
+        each = lambda model: self._maml.course(model, support, keep_path=keep_path, **how)  # noqa: E731
+        return Ensemble(eqx.filter_vmap(each, out_axes=eqx.if_array(int(keep_path)))(meta.models))
 
     def meta_loss(
         self, meta: Meta, task: Task, *, key: PRNGKeyArray, progress: float | Array = 1.0
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """`Σ_m L_Q(U_k(θ^m; S))`, and the mean, which `query_loss` logs."""
-        losses = meta.map(
-            lambda model: self._maml.meta_loss(model, task, key=key, progress=progress)[0]
-        )
+        """Return `Σ_m L_Q(U_k(θ^m; S))`, and the mean, which `query_loss` logs."""
+        losses = meta.map(lambda model: self._maml.meta_loss(model, task, key=key)[0])
         return jnp.sum(losses), {"query_loss": jnp.mean(losses)}
-
-    def reference(
-        self, meta: Meta, task: Task, *, at: Meta, key: PRNGKeyArray, progress: float | Array = 1.0
-    ) -> Float[Array, ""]:
-        """The sum of the members' references."""
-        each = lambda model, there: self._maml.reference(  # noqa: E731
-            model, task, at=there, key=key, progress=progress
-        )
-        return jnp.sum(meta.map(each, at.models))
-
-    def describe(self) -> dict[str, Any]:
-        """Name, steps and rate."""
-        return {**self._maml.describe(), "algorithm": "EMAML", "first_order": self.first_order}
 
     @property
     def _maml(self) -> MAML:
-        return MAML(
-            self.loss,
-            self.inner_lr,
-            self.inner_steps,
-            eval_steps=self.eval_steps,
-            first_order=self.first_order,
-            remat=self.remat,
-            adapt_only=self.adapt_only,
-        )
+        shared = ("loss", "inner_lr", "inner_steps", "first_order", "remat", "adapt_only")
+        return MAML(**{name: getattr(self, name) for name in shared})

@@ -22,7 +22,7 @@ def around(
     differ: PyTree = None,
     train_only: tree.Predicate | None = None,
 ) -> Ensemble:
-    """A model, and others like it: where the particles of a learner start.
+    """Return a model, and others like it: where the particles of a learner start.
 
     The others have arrays drawn about the mean of the model's over their entries:
     `mean + √(1 − s²) (θ − mean) + s · std · ε`, std that over entries.
@@ -70,15 +70,38 @@ def _draw(
     return jax.tree.map(draw, tree.paths(arrays), arrays, tree.noise_like(key, tiled))
 
 
-def check(count: int, spread: float) -> None:
-    """Whether so many particles can start so far apart.
+def start(
+    model: Model,
+    count: int,
+    spread: float,
+    key: PRNGKeyArray,
+    train_only: tree.Predicate | None = None,
+) -> Ensemble:
+    """Return an `Ensemble` of models with arrays of their own: one that is given, or `around`."""
+    if isinstance(model, Ensemble):
+        return given(model, count)
+    return around(model, count, spread, key, train_only=train_only).stacked()
 
-    Args:
-        count: M.
-        spread: as `around` has it.
+
+def given(ensemble: Ensemble, count: int) -> Ensemble:
+    """Return the ensemble with arrays of their own for all models.
 
     Raises:
-        ValueError: if not.
+        ValueError: unless it has as many models as the learner has particles.
+    """
+    if ensemble.particles != count:
+        raise ValueError(
+            f"the learner has particles={count}, and was given an ensemble of "
+            f"{ensemble.particles}; make the two equal"
+        )
+    return ensemble.stacked()
+
+
+def check(count: int, spread: float) -> None:
+    """Validate count and spread, as `around` has them.
+
+    Raises:
+        ValueError: if there are no particles, or all would start equal.
     """
     if count < 1:
         raise ValueError(f"particles is 1 or more, not {count}")
@@ -88,32 +111,15 @@ def check(count: int, spread: float) -> None:
         )
 
 
-def demand(ensemble: Ensemble, count: int) -> None:
-    """That an ensemble has as many models as a learner has particles.
-
-    Args:
-        ensemble: given to start from.
-        count: M.
-
-    Raises:
-        ValueError: if it has not.
-    """
-    if ensemble.particles != count:
-        raise ValueError(
-            f"the learner has particles={count}, and was given an ensemble of "
-            f"{ensemble.particles}; make the two equal"
-        )
-
-
 def nonempty(source: Source, name: str) -> Source:
-    """The source, unless it is a batch without examples.
+    """Return the source.
 
     Args:
         source: where batches come from.
         name: what the task calls it.
 
     Raises:
-        ValueError: if it is such a batch: there is no mean over it.
+        ValueError: if it is a batch without examples: there is no mean over it.
     """
     if isinstance(source, Batch) and source.size == 0:
         raise ValueError(f"the task's {name} has no examples; sample tasks with at least one")

@@ -10,11 +10,11 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .. import inner, tree
-from ..learner import Ensemble, Meta, MetaLearner
+from ..checks import at_least, one_of
+from ..learner import Ensemble, InnerLoop, Meta
 from ..losses import Loss
 from ..task import Model, Source, Task
 from .particles import nonempty
@@ -23,7 +23,7 @@ Weight = float | int | Callable[[Any], Any]
 """A number, or a schedule from the progress of meta-training, in [0, 1], to one."""
 
 
-class ProbabilisticMAML(MetaLearner):
+class ProbabilisticMAML(InnerLoop):
     """PLATIPUS: MAML whose initialisation is a distribution, so that adaptation is by samples.
 
         prior      p(θ | S) = N(μ − γ_p ∘ ∇L_S(μ), σ²)
@@ -73,6 +73,7 @@ class ProbabilisticMAML(MetaLearner):
             rates of an unknown kind.
     """
 
+    title = "PLATIPUS"
     loss: Loss = eqx.field(static=True)
     inner_lr: inner.Rate = 0.01
     inner_steps: int = eqx.field(static=True, default=1)
@@ -97,14 +98,9 @@ class ProbabilisticMAML(MetaLearner):
                 raise ValueError(
                     f"{name} is a variance to start from, above 0, not {getattr(self, name)}"
                 )
-        for name in ("prior_lr", "inference_lr", "kl_weight"):
-            value = getattr(self, name)
-            if not callable(value) and not value >= 0:
-                raise ValueError(f"{name} is 0 or more, not {value}")
-        if self.samples < 1:
-            raise ValueError(f"samples is 1 or more, not {self.samples}")
-        if self.rates not in ("parameter", "tensor", "scalar"):
-            raise ValueError(f'rates is "parameter", "tensor" or "scalar", not {self.rates!r}')
+        at_least(self, 0, "prior_lr", "inference_lr", "kl_weight")
+        at_least(self, 1, "samples")
+        one_of(self, rates=("parameter", "tensor", "scalar"))
 
     def init(self, model: Model, *, key: PRNGKeyArray) -> Meta:
         """The mean and, for what is adapted, log-variances and rates, in a dict.
@@ -132,118 +128,61 @@ class ProbabilisticMAML(MetaLearner):
             "inference_lr": self._rates(random, self.inference_lr),
         }
 
-    def adapt(self, meta: Meta, support: Source, *, key: PRNGKeyArray) -> Model:
-        """An `Ensemble` of `samples` models, each a draw from the prior, adapted."""
-        return self._draws(meta, support, key, self._eval_steps, keep_path=False)
-
-    def iterates(
-        self, meta: Meta, support: Source, *, key: PRNGKeyArray, steps: int | None = None
+    def course(
+        self, meta: Meta, support: Source, *, key: PRNGKeyArray, steps: int, keep_path: bool = False
     ) -> Model:
-        """The ensembles after 0, 1, … `steps` (by default `eval_steps`) steps.
+        """Return an `Ensemble` of `samples` models, each a draw from the prior, adapted.
 
         Before the first step they are draws from the prior, whose mean has seen the support.
         """
-        steps = self._eval_steps if steps is None else steps
-        return self._draws(meta, support, key, steps, keep_path=True)
-
-    def meta_loss(
-        self, meta: Meta, task: Task, *, key: PRNGKeyArray, progress: float | Array = 1.0
-    ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """`L_Q(U_k(θ; S)) + w KL(q ‖ p)`, and its two parts, `query_loss` and `kl`."""
-        return self._objective(meta, meta, task, key, progress)
-
-    def reference(
-        self, meta: Meta, task: Task, *, at: Meta, key: PRNGKeyArray, progress: float | Array = 1.0
-    ) -> Float[Array, ""]:
-        """The meta-loss; to first order with every gradient inside it computed from `at`."""
-        return self._objective(meta, at if self.first_order else meta, task, key, progress)[0]
-
-    def part_of(self, path: str, meta: Meta) -> str | None:
-        """What follows the name of the part; nothing where one rate is for all."""
-        return path.partition("/")[2] or None
-
-    def describe(self) -> dict[str, Any]:
-        """Name, steps, rate, samples and weight of the KL."""
-        return {
-            "algorithm": "PLATIPUS",
-            "inner_steps": self.inner_steps,
-            "eval_steps": self._eval_steps,
-            "inner_lr": self.inner_lr if isinstance(self.inner_lr, float) else "given",
-            "kl_weight": "schedule" if callable(self.kl_weight) else self.kl_weight,
-            "rates": self.rates,
-            "first_order": self.first_order,
-        }
-
-    @property
-    def _eval_steps(self) -> int:
-        return self.inner_steps if self.eval_steps is None else self.eval_steps
-
-    def _objective(
-        self, meta: Meta, at: Meta, task: Task, key: PRNGKeyArray, progress: float | Array
-    ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """The meta-loss of `meta`, gradients inside it computed from `at`."""
-        prior_key, inference_key, noise_key, adapt_key, query_key = jax.random.split(key, 5)
-        support, query = nonempty(task.support, "support"), nonempty(task.query, "query")
-        slope = self._slope(at, query, "inference_lr", inference_key)
-        inferred, there = (_moved(m, "inference_lr", slope) for m in (meta, at))
-        noise = tree.noise_like(noise_key, meta["log_inference_variance"])
-        theta = _sample(inferred, meta["log_inference_variance"], noise)
-        start = _sample(there, at["log_inference_variance"], noise)
-        model = self._descend(start, support, adapt_key, self.inner_steps).model
-        model = tree.shift(model, theta, start)
-        loss = self.loss(model, query.draw(model, query_key))
-        if not callable(self.kl_weight) and self.kl_weight == 0:
-            return loss, {"query_loss": loss}
-        slope = self._slope(at, support, "prior_lr", prior_key)
-        kl = _kl(
-            inferred, meta["log_inference_variance"],
-            _moved(meta, "prior_lr", slope), meta["log_prior_variance"],
-        )  # fmt: skip
-        weight = self.kl_weight(progress) if callable(self.kl_weight) else self.kl_weight
-        return loss + weight * kl, {"query_loss": loss, "kl": kl}
-
-    def _draws(
-        self, meta: Meta, support: Source, key: PRNGKeyArray, steps: int, keep_path: bool
-    ) -> Ensemble:
-        """Draws from the prior that knows the support, adapted; or their paths."""
         prior_key, noise_key, adapt_key = jax.random.split(key, 3)
-        slope = self._slope(meta, nonempty(support, "support"), "prior_lr", prior_key)
-        mean, log_variance = _moved(meta, "prior_lr", slope), meta["log_prior_variance"]
+        mean = self._mean(meta, nonempty(support, "support"), "prior_lr", prior_key)
+        log_variance = meta["log_prior_variance"]
 
         def draw(key: PRNGKeyArray) -> Model:
             theta = _sample(mean, log_variance, tree.noise_like(key, log_variance))
-            end = self._descend(theta, support, adapt_key, steps, keep_path=keep_path)
-            return end.path if keep_path else end.model
+            return self._descend(theta, support, key=adapt_key, steps=steps, keep_path=keep_path)
 
         keys = jax.random.split(noise_key, self.samples)
         # The axis of steps comes first.
         return Ensemble(eqx.filter_vmap(draw, out_axes=eqx.if_array(int(keep_path)))(keys))
 
-    def _slope(self, meta: Meta, source: Source, rate: str, key: PRNGKeyArray) -> PyTree:
-        """The gradients of `conditioning_steps` steps from μ, summed: `Σ_j ∇L(μ_j)`."""
-        rule = optax.GradientTransformation(
-            lambda params: jax.tree.map(jnp.zeros_like, params),
-            lambda g, total, params: (_step(meta[rate], g), jax.tree.map(jnp.add, total, g)),
-        )
-        return inner.run(
-            self.loss, meta["mean"], source, key=key, steps=self.conditioning_steps, optimizer=rule,
-            first_order=self.first_order, remat=self.remat, adapt_only=self.adapt_only,
-        ).state  # fmt: skip
+    def meta_loss(
+        self, meta: Meta, task: Task, *, key: PRNGKeyArray, progress: float | Array = 1.0
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """Return `L_Q(U_k(θ; S)) + w KL(q ‖ p)`, and its two parts, `query_loss` and `kl`."""
+        prior_key, inference_key, noise_key, adapt_key, query_key = jax.random.split(key, 5)
+        support, query = nonempty(task.support, "support"), nonempty(task.query, "query")
+        inferred = self._mean(meta, query, "inference_lr", inference_key)
+        log_v = meta["log_inference_variance"]
+        theta = _sample(inferred, log_v, tree.noise_like(noise_key, log_v))
+        model = self._descend(theta, support, key=adapt_key, steps=self.inner_steps)
+        loss = self.loss(model, query.draw(model, query_key))
+        if not callable(self.kl_weight) and self.kl_weight == 0:
+            return loss, {"query_loss": loss}
+        prior = self._mean(meta, support, "prior_lr", prior_key)
+        kl = _kl(inferred, log_v, prior, meta["log_prior_variance"])
+        weight = self.kl_weight(progress) if callable(self.kl_weight) else self.kl_weight
+        return loss + weight * kl, {"query_loss": loss, "kl": kl}
 
-    def _descend(
-        self, model: Model, support: Source, key: PRNGKeyArray, steps: int, **how: Any
-    ) -> inner.Descent:
-        return inner.run(
+    def part_of(self, path: str, meta: Meta) -> str | None:
+        """What follows the name of the part; nothing where one rate is for all."""
+        return path.partition("/")[2] or None
+
+    def _mean(self, meta: Meta, source: Source, rate: str, key: PRNGKeyArray) -> Model:
+        """Return `μ − γ ∘ ∇L(μ)`, or what more such steps lead to."""
+        steps = self.conditioning_steps
+        return self._descend(meta["mean"], source, key=key, steps=steps, lr=meta[rate])
+
+    def _descend(self, model: Model, source: Source, **how: Any) -> Model:
+        return inner.descend(
             self.loss,
             model,
-            support,
-            key=key,
-            steps=steps,
-            lr=self.inner_lr,
+            source,
             first_order=self.first_order,
             remat=self.remat,
             adapt_only=self.adapt_only,
-            **how,
+            **{"lr": self.inner_lr, **how},
         )
 
     def _rates(self, random: PyTree, start: float) -> PyTree:
@@ -257,18 +196,6 @@ class ProbabilisticMAML(MetaLearner):
 
 PLATIPUS = ProbabilisticMAML
 """`ProbabilisticMAML` under the name of its paper."""
-
-
-def _step(rates: PyTree, slope: PyTree) -> PyTree:
-    """`−γ ∘ g`, for one rate or a tree of them."""
-    if eqx.is_array(rates):
-        return jax.tree.map(lambda g: -rates * g, slope)
-    return jax.tree.map(lambda rate, g: -rate * g, rates, slope)
-
-
-def _moved(meta: Meta, rate: str, slope: PyTree) -> Model:
-    """`μ − γ ∘ g`."""
-    return eqx.apply_updates(meta["mean"], _step(meta[rate], slope))
 
 
 def _sample(mean: Model, log_variance: PyTree, noise: PyTree) -> Model:

@@ -12,12 +12,12 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .. import inner, tree
-from ..learner import Meta, MetaLearner
+from ..learner import InnerLoop, Meta
 from ..losses import Loss
 from ..task import Batch, Minibatches, Model, Source, Task
 
 
-class Reptile(MetaLearner):
+class Reptile(InnerLoop):
     """Move the initialisation towards the weights that each task leads to.
 
         φ = U_k(θ; S),   θ ← θ + ε · mean over tasks (φ − θ)
@@ -96,31 +96,24 @@ class Reptile(MetaLearner):
         adapted = eqx.filter(model, tree.adaptable(model, self._adapt_only))
         return {"model": model, "state": _as_floats(self._rule.init(adapted))}
 
-    def adapt(self, meta: Meta, support: Source, *, key: PRNGKeyArray) -> Model:
-        """The model after `eval_steps` steps on the support."""
-        return self._evaluate(meta, support, key, None).model
-
-    def iterates(
-        self, meta: Meta, support: Source, *, key: PRNGKeyArray, steps: int | None = None
+    def course(
+        self, meta: Meta, support: Source, *, key: PRNGKeyArray, steps: int, keep_path: bool = False
     ) -> Model:
-        """The models after 0, 1, … `steps` (by default `eval_steps`) steps."""
-        return self._evaluate(meta, support, key, steps, keep_path=True).path
+        """Return `U_steps(θ; S)`, by minibatches of `eval_batch`, or the models on the way."""
+        draw_key, order_key = jax.random.split(key)
+        support = _minibatches(support, self.eval_batch or self.inner_batch, order_key)
+        end = self._run(*self._start(meta), support, draw_key, steps, keep_path)
+        return end.path if keep_path else end.model
 
     def meta_loss(
         self, meta: Meta, task: Task, *, key: PRNGKeyArray, progress: float | Array = 1.0
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """`½‖θ − stop(φ)‖²`, and the same for a carried state of the inner rule."""
-        return self.reference(meta, task, at=meta, key=key, progress=progress), {}
-
-    def reference(
-        self, meta: Meta, task: Task, *, at: Meta, key: PRNGKeyArray, progress: float | Array = 1.0
-    ) -> Float[Array, ""]:
-        """`½‖θ − φ‖²`, φ computed from `at`: the goal is held fixed."""
-        goal, state = self._goal(at, task, key)
+        """Return `½‖θ − stop(φ)‖²`, and the same for a carried state of the inner rule."""
+        goal, state = self._goal(meta, task, key)
         distance = tree.squared_distance(_model(meta), inner.stop(goal))
         if self.carry_state:
             distance += tree.squared_distance(meta["state"], inner.stop(_as_floats(state)))
-        return distance / 2
+        return distance / 2, {}
 
     def part_of(self, path: str, meta: Meta) -> str | None:
         """As for other learners; the carried state is replaced in any case."""
@@ -137,15 +130,11 @@ class Reptile(MetaLearner):
         return optax.partition({"model": reptile, "state": optax.sgd(1.0)}, labels)
 
     def describe(self) -> dict[str, Any]:
-        """Name, steps and rate."""
+        """Return name and hyper-parameters, and the inner rule."""
         return {
-            "algorithm": "Reptile",
-            "inner_steps": self.inner_steps,
-            "eval_steps": self.inner_steps if self.eval_steps is None else self.eval_steps,
+            **super().describe(),
             "inner_batch": self.inner_batch or "all",
             "inner_rule": "given" if self.inner_optimizer else f"SGD {self.inner_lr}",
-            **({"skip": self.skip} if self.skip else {}),
-            **({"separate_tail": True} if self.separate_tail else {}),
         }
 
     @property
@@ -156,40 +145,29 @@ class Reptile(MetaLearner):
     def _adapt_only(self) -> tree.Predicate:
         return self.adapt_only or tree.every
 
-    def _evaluate(
-        self, meta: Meta, support: Source, key: PRNGKeyArray, steps: int | None, **how: Any
-    ) -> inner.Descent:
-        draw_key, order_key = jax.random.split(key)
-        support = _minibatches(support, self.eval_batch or self.inner_batch, order_key)
-        if steps is None:
-            steps = self.inner_steps if self.eval_steps is None else self.eval_steps
-        return self._descend(meta, support, draw_key, steps, **how)
+    def _start(self, meta: Meta) -> tuple[Model, PyTree]:
+        """Return the model, and the inner rule's state: `None` for a fresh one."""
+        model = _model(meta)
+        if not self.carry_state:
+            return model, None
+        adapted = eqx.filter(model, tree.adaptable(model, self._adapt_only))
+        return model, _as(jax.eval_shape(self._rule.init, adapted), meta["state"])
 
-    def _goal(self, at: Meta, task: Task, key: PRNGKeyArray) -> tuple[Model, PyTree]:
+    def _goal(self, meta: Meta, task: Task, key: PRNGKeyArray) -> tuple[Model, PyTree]:
         """Where the outer loop pulls the model, `θ + U_k − U_skip`, and the inner rule's state."""
         draw_key, query_key, order_key = jax.random.split(key, 3)
-        start = _model(at)
+        start, state = self._start(meta)
         support = _union(task, start, query_key) if self.include_query else task.support
         support = _minibatches(support, self.inner_batch, order_key)
         steps = self.inner_steps - self.separate_tail
-        end = self._descend(at, support, draw_key, steps, keep_path=self.skip > 0)
+        end = self._run(start, state, support, draw_key, steps, self.skip > 0)
         goal, state = end.model, end.state
         if self.separate_tail:
             tail = self._run(goal, state, task.query, query_key, 1)
             goal, state = tail.model, tail.state
         if self.skip:
-            seen = tree.at(end.path, self.skip)
-            goal = tree.shift(start, goal, seen)
+            goal = tree.shift(start, goal, tree.at(end.path, self.skip))
         return goal, state
-
-    def _descend(
-        self, meta: Meta, support: Source, key: PRNGKeyArray, steps: int, **how: Any
-    ) -> inner.Descent:
-        start, state = _model(meta), None
-        if self.carry_state:
-            adapted = eqx.filter(start, tree.adaptable(start, self._adapt_only))
-            state = _as(jax.eval_shape(self._rule.init, adapted), meta["state"])
-        return self._run(start, state, support, key, steps, **how)
 
     def _run(
         self,
@@ -198,7 +176,7 @@ class Reptile(MetaLearner):
         support: Source,
         key: PRNGKeyArray,
         steps: int,
-        **how: Any,
+        keep_path: bool = False,
     ) -> inner.Descent:
         return inner.run(
             self.loss,
@@ -210,7 +188,7 @@ class Reptile(MetaLearner):
             state=state,
             first_order=True,
             adapt_only=self._adapt_only,
-            **how,
+            keep_path=keep_path,
         )
 
 

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from .. import inner, svgd, tree
+from .. import inner, roles, svgd, tree
+from ..checks import at_least, one_of
 from ..distributions import StackedDistribution
-from ..learner import Ensemble, Meta, MetaLearner
+from ..learner import Adapter, Ensemble, InnerLoop, Meta
 from ..losses import Loss
 from ..task import Batch, Model, Source, Task
 from . import particles
@@ -70,7 +71,7 @@ class Policies(eqx.Module):
         return Ensemble(self.models)
 
 
-class BayesianMAML(MetaLearner):
+class BayesianMAML(InnerLoop):
     """Bayesian MAML in reinforcement learning: M initial policies, adapted together by SVPG.
 
         θ^m ← θ^m + ε φ(θ^m),   log p(θ) = −L(θ) / α
@@ -130,15 +131,8 @@ class BayesianMAML(MetaLearner):
 
     def __check_init__(self) -> None:
         particles.check(self.particles, self.spread)
-        if self.objective not in ("policy-gradient", "chaser", "reptile"):
-            raise ValueError(
-                f'objective is "policy-gradient", "chaser" or "reptile", not {self.objective!r}'
-            )
-        if self.leader_steps < 0 or self.inner_steps < 0:
-            raise ValueError(
-                "inner_steps and leader_steps are 0 or more, not "
-                f"{self.inner_steps} and {self.leader_steps}"
-            )
+        one_of(self, objective=("policy-gradient", "chaser", "reptile"))
+        at_least(self, 0, "inner_steps", "leader_steps")
         if isinstance(self.temperature, (int, float)) and not self.temperature > 0:
             raise ValueError(f"temperature is positive, not {self.temperature}")
 
@@ -149,55 +143,32 @@ class BayesianMAML(MetaLearner):
             model: a policy, of whose arrays the others are drawn anew; or an `Ensemble`.
             key: of the draws.
         """
-        if isinstance(model, Ensemble):
-            particles.demand(model, self.particles)
-            return Policies(model.stacked().models)
-        how = {"train_only": self.train_only}
-        start = particles.around(model, self.particles, self.spread, key, **how)
-        return Policies(start.stacked().models)
+        start = particles.start(model, self.particles, self.spread, key, self.train_only)
+        return Policies(start.models)
 
-    def adapt(self, meta: Policies, support: Source, *, key: PRNGKeyArray) -> Policies:
-        """The policies after `inner_steps` steps."""
-        return self._descend(meta, support, key, self.inner_steps).model
-
-    def iterates(
-        self, meta: Policies, support: Source, *, key: PRNGKeyArray, steps: int | None = None
-    ) -> Policies:
-        """The policies after 0, 1, … `steps` (by default `inner_steps`) steps."""
-        steps = self.inner_steps if steps is None else steps
-        path: Any = self._descend(meta, support, key, steps, keep_path=True).path
+    def course(self, meta: Policies, support: Source, **how: Any) -> Policies:
+        """Return the policies after `steps` steps of SVPG, or those on the way."""
+        rule = inner.sgd(self.inner_lr)
+        if self.kernel is not None:
+            rule = optax.chain(svgd.stein(self.kernel), rule)
+        path: Any = inner.descend(self._energy, meta, support, optimizer=rule, **how)
         return path
 
     def meta_loss(
         self, meta: Policies, task: Task, *, key: PRNGKeyArray, progress: float | Array = 1.0
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """The objective."""
-        return self.reference(meta, task, at=meta, key=key, progress=progress), {}
-
-    def reference(
-        self,
-        meta: Policies,
-        task: Task,
-        *,
-        at: Policies,
-        key: PRNGKeyArray,
-        progress: float | Array = 1.0,
-    ) -> Float[Array, ""]:
-        """The objective, with the leaders, or for Reptile the goals, computed from `at`."""
+        """Return the objective; leaders, and for Reptile the goals, are held fixed."""
         adapt_key, query_key = jax.random.split(key)
-        adapted = self.adapt(meta, task.support, key=adapt_key)
+        adapted: Any = self.adapt(meta, task.support, key=adapt_key)
         if self.objective == "policy-gradient":
-            return jnp.mean(adapted.map(self.loss, task.query.draw(adapted, query_key)))
-        goals = adapted if at is meta else self.adapt(at, task.support, key=adapt_key)
-        goals = inner.stop(goals)
+            return jnp.mean(adapted.map(self.loss, task.query.draw(adapted, query_key))), {}
+        goals = inner.stop(adapted)
         if self.objective == "reptile":
-            return _distance(meta, goals)
-        leaders = self._descend(goals, task.query, query_key, self.leader_steps).model
-        return _distance(adapted, inner.stop(leaders))
+            return _distance(meta, goals), {}
+        leaders = self.course(goals, task.query, key=query_key, steps=self.leader_steps)
+        return _distance(adapted, inner.stop(leaders)), {}
 
-    def member(
-        self, meta: Policies, m: Array, rolled_out: Source
-    ) -> tuple[MetaLearner, Model, Source]:
+    def member(self, meta: Policies, m: Array, rolled_out: Source) -> tuple[Adapter, Model, Source]:
         """A learner of one policy alone, the others held where they are; see
         `adaptax.rl.ParticleTRPO`.
 
@@ -210,39 +181,26 @@ class BayesianMAML(MetaLearner):
             The learner, its meta-parameters, and what it learns from.
         """
         only = lambda leaf: leaf[m] if eqx.is_array(leaf) else leaf  # noqa: E731
-        one, how = jax.tree.map(only, meta.models), dict[str, Any](train_only=self.train_only)
+        one = jax.tree.map(only, meta.models)
         if self.kernel is not None:  # which lets each see the others
-            return _Member(self.loss, self, meta, m, **how), one, rolled_out
+            return _Member(self.loss, self, meta, m), one, rolled_out
         mine = lambda leaf: leaf[:, :, m] if eqx.is_array(leaf) else leaf  # noqa: E731
+        how = {"train_only": self.train_only}
         alone = MAML(self.loss, self.inner_lr, self.inner_steps, **how)
         return alone, one, jax.tree.map(mine, rolled_out)
 
     def describe(self) -> dict[str, Any]:
-        """Name, objective, particles, steps, rate, and what is averaged."""
-        return {
-            "algorithm": "VPG" if self.kernel is None else "BMAML (SVPG)",
-            "objective": self.objective,
-            "particles": self.particles,
-            "inner_steps": self.inner_steps,
-            "inner_lr": self.inner_lr if isinstance(self.inner_lr, float) else "given",
-            **({} if self.kernel is None else {"temperature": float(self.temperature)}),
-            "return": "mean over particles",
-        }
+        """Return name and hyper-parameters, and what is averaged."""
+        said = super().describe()
+        if self.kernel is None:
+            said.pop("temperature")
+        name = "VPG" if self.kernel is None else "BMAML (SVPG)"
+        return {**said, "algorithm": name, "return": "mean over particles"}
 
     @property
     def inner_optimizer(self) -> None:
         """There is none but `inner_lr`, which `evaluate` may replace."""
         return None
-
-    def _descend(
-        self, policies: Policies, source: Source, key: PRNGKeyArray, steps: int, **how: Any
-    ) -> inner.Descent:
-        rule = inner.sgd(self.inner_lr)
-        if self.kernel is not None:
-            rule = optax.chain(svgd.stein(self.kernel), rule)
-        return inner.run(
-            self._energy, policies, source, key=key, steps=steps, optimizer=rule, **how
-        )
 
     def _energy(self, policies: Policies, batch: Batch) -> Float[Array, ""]:
         """`−Σ_m log p(θ^m)`, whose gradient is that of each policy."""
@@ -250,7 +208,7 @@ class BayesianMAML(MetaLearner):
         return total if self.kernel is None else total / self.temperature
 
 
-class _Member(MetaLearner):
+class _Member(Adapter):
     """A learner of many policies as a learner of one of them, the others held fixed."""
 
     loss: Loss = eqx.field(static=True)
@@ -262,10 +220,14 @@ class _Member(MetaLearner):
     def inner_steps(self) -> int:
         return self.learner.inner_steps
 
+    def trained(self, meta: Meta) -> Any:
+        """Return which leaves of the policy the outer loop trains."""
+        return tree.only(roles.trained(meta), self.learner.train_only, "train_only")
+
     def iterates(
         self, meta: Meta, support: Source, *, key: PRNGKeyArray, steps: int | None = None
     ) -> Model:
-        """The policy after 0, 1, … steps of all."""
+        """Return the policy after 0, 1, … steps of all."""
         place = lambda all, one: all.at[self.m].set(one) if eqx.is_array(all) else all  # noqa: E731
         everyone = Policies(jax.tree.map(place, self.others.models, meta))
         path = self.learner.iterates(everyone, support, key=key, steps=steps)

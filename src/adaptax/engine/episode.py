@@ -14,7 +14,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .. import roles, tree
 from ..conv import FastPath
-from ..learner import Ensemble, Meta, MetaLearner
+from ..learner import Adapter, Ensemble, Meta
 from ..protocols import Acting, Scoring
 from ..task import Model, TaskDistribution
 from . import feed, scoring
@@ -26,7 +26,7 @@ from .scoring import Scores
 class Scorer(eqx.Module):
     """What of an evaluator its programs depend on: nothing that refers to the data."""
 
-    learner: MetaLearner
+    learner: Adapter
     steps: int | None = eqx.field(static=True)
     at: tuple[int, ...] | None = eqx.field(static=True)
     transductive: bool = eqx.field(static=True)

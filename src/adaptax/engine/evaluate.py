@@ -13,7 +13,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .. import program, roles
 from ..conv import FastPath
-from ..learner import Meta, MetaLearner
+from ..learner import Adapter, Meta
 from ..protocols import Acting, Rated
 from ..task import Splits, TaskDistribution
 from . import feed, scoring
@@ -30,7 +30,7 @@ ACTING = {"trajectories": None}
 
 
 def evaluate(
-    learner: MetaLearner,
+    learner: Adapter,
     meta: Meta,
     tasks: TaskDistribution,
     *,
@@ -45,7 +45,7 @@ def evaluate(
     Episode i depends on the key, the split and i alone: every learner sees the same ones.
 
     Args:
-        learner: any `MetaLearner`.
+        learner: any `Adapter`.
         meta: its meta-parameters, `result.meta`.
         tasks: usually `tasks.test`.
         key: names the episodes.
@@ -63,7 +63,7 @@ class Evaluator:
     """`evaluate` for one learner and one split, compiled once and called as often as need be.
 
     Args:
-        learner: any `MetaLearner`; it adapts by `iterates`.
+        learner: any `Adapter`; it adapts by `iterates`.
         tasks: the split.
         episodes: how many; 600 as in MAML's paper if `None`, of roll-outs 40.
         steps: adaptation steps; as many as the learner takes in `adapt` if `None`, of roll-outs 3.
@@ -98,7 +98,7 @@ class Evaluator:
 
     def __init__(
         self,
-        learner: MetaLearner,
+        learner: Adapter,
         tasks: TaskDistribution,
         *,
         episodes: int | None = None,
@@ -262,7 +262,7 @@ def _check(
         scoring.sign_of(select)
 
 
-def _with_rates(learner: MetaLearner, lr: Sequence[float]) -> MetaLearner:
+def _with_rates(learner: Adapter, lr: Sequence[float]) -> Adapter:
     """The learner with other rates in its inner loop."""
     if len(lr) == 0 or not all(rate > 0 for rate in lr):
         raise ValueError(f"lr is one or more positive step sizes, not {lr!r}")

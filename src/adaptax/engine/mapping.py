@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import equinox as eqx
 import jax
@@ -17,8 +16,10 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .. import roles, tree
 from ..conv import FastPath, fast
-from ..learner import Meta, MetaLearner
+from ..learner import Adapter, Meta, MetaLearner
 from ..task import Task
+
+L = TypeVar("L", bound=Adapter)
 
 Mapping = Literal["auto", "scan", "vmap"] | int
 """How to map over tasks: one after another, all at once, or in chunks of n.
@@ -137,7 +138,23 @@ def task_gradient(
         meta = roles.fresh(eqx.combine(trained, fixed), key)
         return learner.meta_loss(meta, make(loaded), key=key, progress=progress)
 
-    return jax.value_and_grad(scalar, has_aux=True)(trained)
+    found = jax.value_and_grad(scalar, has_aux=True)(trained)
+    if type(learner).fallback is MetaLearner.fallback:
+        return found
+
+    def instead(trained: PyTree) -> Array | None:
+        return learner.fallback(eqx.combine(trained, fixed), make(loaded), key=key)
+
+    return found if instead(trained) is None else _rescued(found, instead, trained)
+
+
+def _rescued(found: Any, instead: Callable[[PyTree], Any], trained: PyTree) -> Any:
+    """`((value, metrics), grads)`; those of `instead` where they are not finite and it is."""
+    ((value, metrics), grads), (other, slope) = found, jax.value_and_grad(instead)(trained)
+    lost = ~(jnp.isfinite(value) & tree.finite(grads))
+    pick = lambda old, new: jnp.where(lost, new, old)  # noqa: E731
+    rescued = (lost & jnp.isfinite(other)).astype(value.dtype)
+    return (pick(value, other), {**metrics, "rescued": rescued}), jax.tree.map(pick, grads, slope)
 
 
 Across = Callable[[PyTree], PyTree]
@@ -270,12 +287,9 @@ def local_mesh(count: int, size: int | None = None) -> Mesh | None:
     return Mesh(np.array(devices[:size]), ("tasks",), axis_types=(AxisType.Auto,))
 
 
-def with_fast_path(learner: MetaLearner, fast_path: FastPath) -> MetaLearner:
+def with_fast_path(learner: L, fast_path: FastPath) -> L:
     """The learner, its loss with fast convolutions, and pure; see `adaptax.roles.pure`."""
-    twin = copy.copy(learner)
-    # The loss may be a static field, out of reach of `eqx.tree_at`; the copy is ours to complete.
-    object.__setattr__(twin, "loss", fast(roles.pure(learner.loss), fast_path))
-    return twin
+    return learner.with_loss(fast(roles.pure(learner.loss), fast_path))
 
 
 def everywhere(given: PyTree, mesh: Mesh | None) -> PyTree:

@@ -8,13 +8,13 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .. import program, roles
 from ..conv import FastPath, fast
-from ..learner import Ensemble, Meta, MetaLearner
+from ..learner import Adapter, Ensemble, Meta
 from ..protocols import Noisy
 from ..task import Model, Source
 
 
 def predict(
-    learner: MetaLearner,
+    learner: Adapter,
     meta: Meta,
     support: Source,
     x: PyTree,
@@ -26,7 +26,7 @@ def predict(
     """Adapt to a support set and predict queries, `(n, out)`, of an ensemble `(particles, n, out)`.
 
     Args:
-        learner: any `MetaLearner`.
+        learner: any `Adapter`.
         meta: its meta-parameters, `result.meta`.
         support: labelled examples, usually a `Batch`.
         x: queries, leading with the example axis.

@@ -19,14 +19,15 @@ import optax
 from .. import inner, io, models, rl, tree
 from ..algorithms.checkpoint_ensemble import CheckpointEnsemble
 from ..algorithms.gaussian import Gaussian, gamma_prior
-from ..algorithms.leo import LEORegression
+from ..algorithms.leo_regression import LEORegression
+from ..algorithms.shared_head import SharedHead
 from ..engine.evaluate import ACTING, PREDICTING, Evaluator
 from ..engine.report import Report
 from ..engine.run import Run
 from ..engine.state import best_of, initial_state
 from ..engine.steps import Outer
 from ..engine.train import Result, fit
-from ..learner import Meta, MetaLearner
+from ..learner import Adapter, Meta, MetaLearner
 from ..losses import Loss
 from ..task import Model, Source, Splits, TaskDistribution
 from . import schema
@@ -228,12 +229,15 @@ class Experiment:
         for name in ("adapt_only", "train_only"):
             if isinstance(arguments.get(name), str):
                 arguments[name] = tree.under(arguments[name])
-        make = _factory(self)
+        make, shared = _factory(self), {}
+        if self.algorithm != "anil":
+            shared = {n: arguments.pop(n) for n in ("head", "head_path") if n in arguments}
         if make is rl.BayesianMAML:
             arguments["kernel"] = rl.KERNELS[arguments.get("kernel", "code")]
         if self.algorithm == "class-mean":
             arguments = {"way": self.way, **arguments}
-        return _call(make, {"loss": loss, **arguments}, f"algorithm {self.algorithm}")
+        made = _call(make, {"loss": loss, **arguments}, f"algorithm {self.algorithm}")
+        return made if shared.get("head", "free") == "free" else SharedHead(made, **shared)
 
     def optimizer(self) -> optax.GradientTransformation | None:
         """The outer optimizer; `None` for the learner's own."""
@@ -315,7 +319,7 @@ class Experiment:
         """What scores meta-parameters on these tasks; see `test`."""
         twins = {"goals": "episodes", "episodes": "goals"}
         own = {n: v for n, v in self.evaluation.items() if how.get(twins.get(n, "")) is None}
-        learner = self.build_learner()
+        learner: Adapter = self.build_learner()
         learner = CheckpointEnsemble(learner.loss, learner) if ensemble else learner
         return Evaluator(learner, tasks, **{**own, **how})
 
@@ -487,6 +491,8 @@ def _learner(experiment: Any) -> schema.Known:
         known["train_only"] = (str, None)
     if make is rl.BayesianMAML:
         known["kernel"] = (Literal[tuple(rl.KERNELS)], None)
+    if "adapt_only" in known and "head" not in known:
+        known |= {"head": (Literal["free", "tied", "zero"], "free"), "head_path": (str, "head")}
     # What these set themselves.
     known.pop({"pretrained": "inner_steps", "fomaml": "first_order"}.get(e.algorithm, ""), None)
     known["loss"] = (Literal[tuple(LOSSES)], None)
@@ -556,7 +562,7 @@ def _factory(experiment: Any) -> Callable[..., MetaLearner]:
     return ALGORITHMS[experiment.algorithm]
 
 
-class _AtRate(MetaLearner):
+class _AtRate(Adapter):
     """A learner whose step size is part of what it is given, so that one program tries many."""
 
     loss: Loss = eqx.field(static=True)

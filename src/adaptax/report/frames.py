@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.transforms import Affine2D
 
-from ..learner import Ensemble, Meta, MetaLearner
+from ..learner import Adapter, Ensemble, Meta
 from .returns import before_and_after
 from .style import COLOURS, canvas, styled
 
@@ -27,7 +27,7 @@ CANDIDATES = 16
 
 @styled
 def frames(
-    learner: MetaLearner,
+    learner: Adapter,
     meta: Meta,
     tasks: Any,
     *,

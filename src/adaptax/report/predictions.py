@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from .. import program
-from ..learner import Meta, MetaLearner
+from ..learner import Adapter, Meta
 from ..task import Batch, Model, Task, TaskDistribution
 from .style import COLOURS, MORE, canvas, styled
 
@@ -31,7 +31,7 @@ RIGHT, WRONG = COLOURS[2], COLOURS[1]
 
 
 def adaptation(
-    learner: MetaLearner,
+    learner: Adapter,
     meta: Meta,
     tasks: TaskDistribution,
     *,
@@ -61,7 +61,7 @@ def adaptation(
 
 @styled
 def adaptations(
-    learners: Mapping[str, tuple[MetaLearner, Meta]],
+    learners: Mapping[str, tuple[Adapter, Meta]],
     tasks: TaskDistribution,
     *,
     key: PRNGKeyArray,
@@ -240,7 +240,7 @@ def _probabilities(logits: Float[Array, "*particles n way"]) -> Float[np.ndarray
 
 def _curves(
     ax: Axes,
-    learner: MetaLearner,
+    learner: Adapter,
     meta: Meta,
     task: Task,
     key: PRNGKeyArray,

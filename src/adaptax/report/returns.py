@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 from matplotlib.figure import Figure
 
-from ..learner import Meta, MetaLearner
+from ..learner import Adapter, Meta
 from ..protocols import Particles
 from ..task import Batch
 from .plots import comparison
@@ -46,7 +46,7 @@ def returns_by_step(
 
 @styled
 def trajectories(
-    learner: MetaLearner,
+    learner: Adapter,
     meta: Meta,
     tasks: Any,
     *,
@@ -120,7 +120,7 @@ def trajectories(
 
 
 def before_and_after(
-    learner: MetaLearner, meta: Meta, tasks: Any, key: PRNGKeyArray, steps: int
+    learner: Adapter, meta: Meta, tasks: Any, key: PRNGKeyArray, steps: int
 ) -> tuple[Any, PyTree, PyTree, PRNGKeyArray]:
     """Adapt to the task that a key names.
 

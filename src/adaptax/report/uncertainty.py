@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from ..engine.predict import learned_noise, predictions
-from ..learner import Meta, MetaLearner
+from ..learner import Adapter, Meta
 from ..task import Batch, Model, TaskDistribution
 from .predictions import (
     GRID,
@@ -31,7 +31,7 @@ from .predictions import (
 from .style import COLOURS, GREY, METRICS, band, canvas, check_some, marks, stroke, styled
 from .tables import scale
 
-Learners = Mapping[str, tuple[MetaLearner, Meta]]
+Learners = Mapping[str, tuple[Adapter, Meta]]
 """A learner and its meta-parameters for each title."""
 
 SIDE = 150
@@ -198,7 +198,7 @@ def decision_boundaries(
 
 @styled
 def attribute_sheet(
-    learner: MetaLearner, meta: Meta, tasks: Any, *, key: PRNGKeyArray, per_label: int = 4
+    learner: Adapter, meta: Meta, tasks: Any, *, key: PRNGKeyArray, per_label: int = 4
 ) -> Figure:
     """Draw an ambiguous task of images, and which of its readings the samples of a learner chose.
 
@@ -359,7 +359,7 @@ def active_curves(curves: Any, *, metric: str | None = None, title: str = "") ->
 
 
 def _predictions(
-    learner: MetaLearner, meta: Meta, support: Batch, x: Any, key: PRNGKeyArray
+    learner: Adapter, meta: Meta, support: Batch, x: Any, key: PRNGKeyArray
 ) -> tuple[Model, np.ndarray]:
     """Return an adapted model, and its predictions, leading with particles if any."""
     model = learner.adapt(meta, support, key=key)

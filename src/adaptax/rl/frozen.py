@@ -9,7 +9,7 @@ from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
 from .. import inner, roles, tree
 from ..engine.mapping import Mapping, chunk_size
-from ..learner import Meta, MetaLearner
+from ..learner import Adapter, Meta
 from ..protocols import Stepping, Stepwise
 from ..task import Batch, Frozen, Model, Source, Task
 
@@ -29,7 +29,7 @@ class Collected(eqx.Module):
 
 
 def collect(
-    learner: MetaLearner, meta: Meta, task: Task, *, key: PRNGKeyArray, mapping: Mapping = "vmap"
+    learner: Adapter, meta: Meta, task: Task, *, key: PRNGKeyArray, mapping: Mapping = "vmap"
 ) -> Collected:
     """Roll out the policies on the way of adaptation and the adapted one; no derivative.
 
@@ -58,7 +58,7 @@ def collect(
 
 
 def collect_all(
-    learner: MetaLearner,
+    learner: Adapter,
     meta: Meta,
     tasks: Task,
     keys: Key[Array, " tasks"],
@@ -69,13 +69,13 @@ def collect_all(
     return eqx.filter_vmap(each)(tasks, keys)
 
 
-def adapt(learner: MetaLearner, meta: Meta, collected: Collected) -> Model:
+def adapt(learner: Adapter, meta: Meta, collected: Collected) -> Model:
     """The adapted policy `θ'(θ)`, the roll-outs it learns from held fixed; differentiable."""
     steps = inner_steps(learner)
     return _after(learner, meta, collected.support, collected.key, steps)
 
 
-def inner_steps(learner: MetaLearner) -> int:
+def inner_steps(learner: Adapter) -> int:
     """How many steps the learner takes in meta-training.
 
     Raises:
@@ -91,7 +91,7 @@ def inner_steps(learner: MetaLearner) -> int:
 
 
 def _adapted(
-    learner: MetaLearner,
+    learner: Adapter,
     meta: Meta,
     policy: Model,
     batches: Batch,
@@ -112,9 +112,7 @@ def _adapted(
     return eqx.combine(after(*inputs), eqx.filter(policy, eqx.is_array, inverse=True))
 
 
-def _after(
-    learner: MetaLearner, meta: Meta, source: Source, key: PRNGKeyArray, steps: int
-) -> Model:
+def _after(learner: Adapter, meta: Meta, source: Source, key: PRNGKeyArray, steps: int) -> Model:
     """The last of the learner's iterates."""
     path = learner.iterates(roles.fresh(meta, key), source, key=key, steps=steps)
     return tree.at(path, -1)

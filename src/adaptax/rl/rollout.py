@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree
 
 from .. import inner, roles, tree
-from ..learner import Meta, MetaLearner
+from ..learner import Adapter, Meta
 from ..protocols import Listed, Particles, Timed
 from ..task import Batch, Model, Task, TaskDistribution
 from .advantages import discounted, gae, standardise
@@ -184,9 +184,7 @@ class Tasks(TaskDistribution):
         )  # fmt: skip
         return Task(source, source)
 
-    def judged(
-        self, learner: MetaLearner, meta: Meta, loaded: PyTree, steps: int
-    ) -> dict[str, Array]:
+    def judged(self, learner: Adapter, meta: Meta, loaded: PyTree, steps: int) -> dict[str, Array]:
         """The return of one task's roll-outs after 0, 1, … gradient steps, and whether the policy
         is finite then; see `adaptax.protocols.Acting`."""
         key, i = loaded

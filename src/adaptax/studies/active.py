@@ -23,7 +23,7 @@ from .. import io, metrics, roles
 from ..engine import feed
 from ..engine.mapping import Mapping, chunk_size, with_fast_path
 from ..engine.predict import predictions
-from ..learner import Meta, MetaLearner
+from ..learner import Adapter, Meta
 from ..task import Batch, Splits, Task, TaskDistribution
 
 STRATEGIES = ("random", "entropy", "disagreement")
@@ -119,7 +119,7 @@ class ActiveCurves:
 
 
 def active_learning(
-    learner: MetaLearner,
+    learner: Adapter,
     meta: Meta,
     tasks: TaskDistribution,
     *,
@@ -157,7 +157,7 @@ def active_learning(
     once, queries or pool, is one batch. There is one program for each number of labels.
 
     Args:
-        learner: any `MetaLearner`, whose `adapt` gives a model or an `Ensemble`.
+        learner: any `Adapter`, whose `adapt` gives a model or an `Ensemble`.
         meta: its meta-parameters, `result.meta`.
         tasks: usually `tasks.test`; the support is a `Batch`, the pool.
         start: labelled examples to start from: in all for regression, of each class for
@@ -295,7 +295,7 @@ def acquisition_score(
 class _Game(eqx.Module):
     """One episode, written for one task; `way` is `None` for regression."""
 
-    learner: MetaLearner
+    learner: Adapter
     meta: Meta
     tasks: TaskDistribution
     start: int = eqx.field(static=True)
@@ -365,7 +365,7 @@ class _Facts:
     particles: int
 
 
-def _facts(learner: MetaLearner, meta: Meta, task: Task, key: PRNGKeyArray) -> _Facts:
+def _facts(learner: Adapter, meta: Meta, task: Task, key: PRNGKeyArray) -> _Facts:
     """Sizes, from shapes alone."""
     if not isinstance(task.support, Batch):
         raise TypeError(
