@@ -185,8 +185,7 @@ class BayesianMAML(InnerLoop):
         if self.kernel is not None:  # which lets each see the others
             return _Member(self.loss, self, meta, m), one, rolled_out
         mine = lambda leaf: leaf[:, :, m] if eqx.is_array(leaf) else leaf  # noqa: E731
-        how = {"train_only": self.train_only}
-        alone = MAML(self.loss, self.inner_lr, self.inner_steps, **how)
+        alone = MAML(self.loss, self.inner_lr, self.inner_steps, train_only=self.train_only)
         return alone, one, jax.tree.map(mine, rolled_out)
 
     def describe(self) -> dict[str, Any]:
