@@ -20,7 +20,7 @@ import measure
 from rich.console import Console
 from rich.table import Table
 
-from adaptax.recipes import TITLES, changed, compared
+from adaptax.recipes import TITLES, changed, comparable
 
 OUT = Path(__file__).parent / "results" / "finite_sinusoids.json"
 
@@ -29,7 +29,7 @@ def cell(algorithm: str, tasks: int, shot: int, steps: int, every: int, seed: in
     """Train one learner in one cell; the best checkpoint by validation is tested."""
     name, _, rate = algorithm.partition("@")
     experiment = changed(
-        compared(name, "finite_sinusoids"),
+        comparable(name, "finite_sinusoids"),
         {"task": {"tasks": tasks, "shot": shot}, "steps": steps, "seed": seed,
          "learner": {"inner_lr": float(rate)} if rate else {}},
     )  # fmt: skip

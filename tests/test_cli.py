@@ -22,12 +22,12 @@ from rich.console import Console
 from safetensors import safe_open
 
 import adaptax
-from adaptax.cli import main, options
+from adaptax.cli import main
 from adaptax.cli.app import _share_cores
 from adaptax.cli.inspection import image_format
 from adaptax.cli.progress import Watcher, watching
 from adaptax.engine.run import Run
-from adaptax.recipes import ALGORITHMS, RECIPES, TASKS, Experiment, bayesian, book, changed, runs
+from adaptax.recipes import FAMILIES, LEARNERS, RECIPES, Experiment, book, changed, runs
 from adaptax.studies import ablation, comparison
 from adaptax.tasks import glyphs, images
 
@@ -86,11 +86,6 @@ def test_every_help_has_an_example(words, capsys):
     text = capsys.readouterr().out
     assert "For example:" in text
     assert f"adaptax {' '.join(words)}".strip() in text.split("For example:")[1]
-
-
-def test_choices_are_those_of_the_recipes():
-    assert tuple(ALGORITHMS) == options.ALGORITHMS
-    assert tuple(TASKS) == options.FAMILIES
 
 
 def test_train_writes_a_run_and_prints_where(sine_run):
@@ -167,9 +162,86 @@ def test_ctrl_c_in_a_process(here):
     assert "Traceback" not in err
 
 
+def test_a_run_is_extended(sine_run, here, capsys):
+    shutil.copytree(sine_run, here / "run")
+    assert main(["train", "--resume", "run", "--steps", "40"]) == 0
+    shown = capsys.readouterr()
+    assert "extended from 20 to 40 meta-steps" in shown.err
+    assert json.loads((here / "run" / "test.json").read_text())["training"]["steps"] == 40
+    config = json.loads((here / "run" / "config.json").read_text())
+    assert (config["experiment"]["steps"], config["extended_from"]) == (40, 20)
+    assert main(["train", "--resume", "run", "--steps", "20"]) == 2
+    assert "would be fewer" in sentence(capsys)
+    assert main(["train", "--resume", "run", "--json"]) == 0  # goes on, with nothing to do
+    assert json.loads(capsys.readouterr().out)["training"]["steps"] == 40
+
+
+def test_a_run_whose_data_lie_elsewhere(here, capsys):
+    for c in range(10):
+        for i in range(3):
+            path = here / "mine" / f"c{c}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8), 20 * c + i, np.uint8)).save(path)
+    words = ["train", "maml", "folder", "--path", "mine", "--way", "2", "--query", "2", "--steps",
+             "2", "--episodes", "4", "--set", "task.splits=[0.4,0.3,0.3]", "--set",
+             "task.image_size=8", "--set", "task.channels=1", "--set", "network.mlp=[4]", "--set",
+             "network.in_size=64", "--run", "run"]  # fmt: skip
+    assert main(words) == 0
+    (here / "mine").rename(here / "moved")
+    (here / "run").rename(here / "there")
+    capsys.readouterr()
+    assert main(["evaluate", "there"]) == 2
+    assert "mine" in sentence(capsys)
+    assert main(["evaluate", "there", "--path", "moved", "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)["result"]
+    assert again == json.loads((here / "there" / "test.json").read_text())["result"]
+    assert adaptax.load_run("there", path="moved").tasks.test.sample(jax.random.key(0))
+    assert main(["train", "--resume", "there", "--path", "moved", "--steps", "4"]) == 0
+    capsys.readouterr()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(here / "moved" / "c3" / "0.png")
+    assert main(["train", "--resume", "there", "--steps", "6"]) == 2
+    assert "cannot be resumed with other settings: tasks" in sentence(capsys)
+
+
+def test_several_seeds_and_a_recipe_of_ones_own(here, capsys):
+    assert main(["recipes", "show", "maml-sinusoid-glorot", "--toml"]) == 0
+    text = capsys.readouterr().out
+    (here / "my.toml").write_text(text.replace("steps = 70000", "steps = 4"))
+    assert book.read_file(here / "my.toml").experiment == changed(
+        RECIPES["maml-sinusoid-glorot"].experiment, {"steps": 4}
+    )
+    words = ["recipes", "run", "my.toml", "--set", "network.mlp=[4]", "--set",
+             "evaluation.episodes=4", "--seeds", "2", "--run", "both"]  # fmt: skip
+    assert main([*words, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["seeds"] == [0, 1]
+    each = [json.loads((here / "both" / f"seed{i}" / "test.json").read_text()) for i in (0, 1)]
+    scores = [one["result"]["mse"] for one in each]
+    found = result["scores"]["test"]["mse"]
+    assert found["each"] == scores
+    expected = [np.mean(scores), np.std(scores, ddof=1)]
+    np.testing.assert_allclose([found["mean"], found["std"]], expected)
+    assert [one["experiment"]["network"] for one in each] == [{"mlp": [4]}] * 2
+    assert main(words) == 0  # goes on, with nothing to do
+    assert "standard deviation" in capsys.readouterr().out
+    assert json.loads((here / "both" / "seeds.json").read_text())["seeds"] == [0, 1]
+    (here / "my.toml").write_text(text.replace("inner_lr", "iner_lr"))
+    assert main(["recipes", "run", "my.toml"]) == 2
+    assert "did you mean inner_lr" in sentence(capsys)
+    (here / "my.toml").write_text('like = "maml-sinusoid-gloro"')
+    assert main(["recipes", "run", "my.toml"]) == 2
+    assert "did you mean maml-sinusoid-glorot" in sentence(capsys)
+
+
+def test_all_that_can_be_trained_is_in_its_help(capsys):
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out.split("For example:")[0]
+    assert all(name in text for name in (*LEARNERS, *FAMILIES))
+
+
 def test_resume_refuses_other_settings(sine_run, capsys):
-    assert main(["train", "--resume", str(sine_run), "--steps", "40"]) == 2
-    assert "--steps" in capsys.readouterr().err
+    assert main(["train", "--resume", str(sine_run), "--shot", "40"]) == 2
+    assert "--shot" in capsys.readouterr().err
     assert main(["train", "reptile", "sinusoid", "--resume", str(sine_run)]) == 2
     assert "maml on sinusoid" in capsys.readouterr().err
 
@@ -303,9 +375,10 @@ TINY_CURVES = {"network": {"mlp": [8]}, "steps": 4, "meta_batch": 2}
 
 
 def test_compare_where_uncertainty_counts(here, capsys, monkeypatch):
-    monkeypatch.setitem(bayesian.SHORT, "sinusoid_or_line", TINY_CURVES)
-    platipus = {"steps": 4, "learner": {"samples": 3, "inner_steps": 1}}
-    monkeypatch.setitem(bayesian.SHORTER, ("sinusoid_or_line", "platipus"), platipus)
+    family = book.BOOK["family"]["sinusoid_or_line"]
+    platipus = {"init_from": "maml", "steps": 4, "learner": {"samples": 3, "inner_steps": 1}}
+    monkeypatch.setitem(family, "short", TINY_CURVES)
+    monkeypatch.setitem(family, "platipus", platipus)
     words = ["compare", "ambiguous", "--algorithms", "maml", "platipus", "--episodes", "5",
              "--out", "both"]  # fmt: skip
     assert main(words) == 0
@@ -546,7 +619,7 @@ def sentence(capsys):
         (["evaluate"], "`adaptax evaluate` wants RUN"),
         (["evaluate", "a", "b"], "'b' is a word too many"),
         (["predict", "run"], "--support (folder"),
-        (["train", "sgd", "sinusoid"], "ALGORITHM 'sgd' is not one of maml, "),
+        (["train", "sgd", "sinusoid"], "ALGORITHM: 'sgd' is not one of maml, "),
         (["train", "maml", "sinusoids"], "did you mean sinusoid?"),
         (["train", "maml", "sinusoid", "--stps", "1"], "did you mean --steps?"),
         (["train", "maml", "sinusoid", "--bogus", "1"], "--bogus is no option"),

@@ -13,22 +13,23 @@ import pytest
 
 import adaptax as ax
 from adaptax.recipes import (
-    ALGORITHMS,
     BODIES,
     COMPARED,
     CURVES,
     ENVIRONMENTS,
+    FAMILIES,
+    LEARNERS,
     PAPER_CURVES,
     RECIPES,
     ROWS,
-    TASKS,
     TITLES,
     Experiment,
     ablated,
     authors,
+    book,
+    check_supported,
     closest,
     comparable,
-    demand,
     effective,
 )
 
@@ -53,12 +54,19 @@ def test_every_recipe_builds_and_is_json(name):
             assert splits.train.sample(KEY).support.x.shape[1:] == (1,)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("tasks", TASKS)
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_toml(name, tmp_path):
+    file = tmp_path / "one.toml"
+    file.write_text(book.to_toml(RECIPES[name]), encoding="utf-8")
+    assert book.read_file(file) == RECIPES[name]
+
+
+@pytest.mark.parametrize("algorithm", LEARNERS)
+@pytest.mark.parametrize("tasks", FAMILIES)
 def test_every_algorithm_has_settings_for_every_task(algorithm, tasks):
     assert algorithm in TITLES
     try:
-        demand(algorithm, tasks)
+        check_supported(algorithm, tasks)
     except ValueError:
         with pytest.raises(ValueError, match=r"for|not"):
             closest(algorithm, tasks, 3, 1)
@@ -265,7 +273,7 @@ def test_reptile_sums_where_its_code_has_numbers_alone():
 
 
 def test_compared_algorithms_share_tasks_and_network():
-    for tasks, names in (("sinusoid", COMPARED["sinusoid"]), ("glyphs", COMPARED["images"])):
+    for tasks, names in (("sinusoid", COMPARED["sinusoid"]), ("glyphs", COMPARED["glyphs"])):
         experiments = [comparable(name, tasks) for name in names]
         for experiment in experiments[1:]:
             assert experiment.splits(test=True).test.describe() == (

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from adaptax.recipes import ALGORITHMS, RECIPES, TASKS, Experiment, changed, closest, origin, schema
+from adaptax.recipes import LEARNERS, RECIPES, Experiment, changed, closest, origin, schema, table
 
 SINE = closest("maml", "sinusoid").to_json()
 IMAGES = closest("maml", "omniglot").to_json()
@@ -24,7 +24,12 @@ IMAGES = closest("maml", "omniglot").to_json()
         (SINE, "evaluation.at", [], "evaluation.at is .*; expected steps from 0 to .* 10"),
         (SINE, "evaluation.at", [11], "evaluation.at is .*; expected steps from 0 to .* 10"),
         (SINE, "evaluation.mapping", "vmp", "expected one of auto, scan, vmap or a whole number"),
-        (SINE, "network", None, "network should name one of mlp, conv4 and linear, and names none"),
+        (
+            SINE,
+            "network",
+            None,
+            "one of mlp, conv4, linear and model, and names none",
+        ),
         (SINE, "network", {"policy": [3]}, "network should name one of"),
         (SINE, "network.conv4", "maml omniglot", "network should name one of"),
         (IMAGES, "network.conv4", "reptile", "did you mean reptile omniglot"),
@@ -39,9 +44,20 @@ IMAGES = closest("maml", "omniglot").to_json()
         (SINE, "learner.iner_lr", 1, "did you mean inner_lr"),
         (SINE, "learner.loss", "msee", "did you mean mse"),
         (SINE, "learner.noise", 1.0, "learner.noise is not a setting here"),
-        (SINE, "learner.inner_optimizer", "adam", "learner.inner_optimizer is not a setting"),
-        (SINE, "outer.sgd", 0.5, "outer.sgd is not a setting here; there are adam, clip"),
+        (SINE, "learner.inner_optimizer", "adam", "learner.inner_optimizer is 'adam'; expected"),
+        (SINE, "learner.inner_optimizer", {"sdg": 0.1}, "one optimizer .* did you mean sgd"),
+        (SINE, "learner.inner_optimizer", {"sgd": 0.1}, "inner_lr and inner_optimizer"),
+        (SINE, "learner.inner_steps", "two", "learner.inner_steps is 'two'; expected a whole"),
+        (SINE, "outer.sdg", 0.5, "outer.sdg is not a setting here; there are .* did you mean sgd"),
+        (SINE, "outer.clipp", 0.5, "outer.clipp is not a setting here; .* did you mean clip"),
+        (SINE, "outer", {"sgd": 0.1, "momentun": 0.9}, "outer.momentun .* did you mean momentum"),
+        (SINE, "outer", {"sgd": 0.1, "adam": 0.1}, "outer names adam and sgd"),
         (SINE, "outer.trpo", 0.5, "outer.trpo is for environments"),
+        (SINE, "evaluation.foo", 1, "evaluation.foo is not a setting here"),
+        (SINE, "network.mlp", 16, "network.mlp is 16; expected a list"),
+        (SINE, "algorithm", "my_module:MyLearner", "in a module of your own"),
+        (SINE, "tasks", "os:system", "in a module of your own"),
+        (SINE, "network", {"model": "os:system"}, "in a module of your own"),
         (SINE, "steps", 0, "steps is 0; expected a whole number from 1"),
         (SINE, "steps", None, "steps is null"),
         (SINE, "seed", 10**19, "seed is 10000000000000000000; expected"),
@@ -94,16 +110,18 @@ def test_a_network_in_the_place_of_another_takes_that_of_its_settings():
 
 @pytest.mark.parametrize("algorithm", ["fomaml", "anil", "pretrained"])
 def test_what_is_passed_on_is_known(algorithm):
-    known = schema.taken(ALGORITHMS[algorithm], ("loss",))
+    known = schema.taken(table.load(LEARNERS[algorithm].make), ("loss",))
     assert {"inner_lr", "eval_steps", "remat"} <= known.keys()
     assert not {"inner_optimizer", "adapt_only", "how"} & known.keys()
-    assert {"discount", "horizon"} <= schema.taken(TASKS["navigation"]).keys()
+    assert {"discount", "horizon"} <= schema.taken(
+        table.load(table.FAMILIES["navigation"].make)
+    ).keys()
 
 
 @pytest.mark.parametrize("way", [2, 12, 20, 60])
 @pytest.mark.parametrize("tasks", ["folder", "glyphs", "omniglot", "mini_imagenet"])
 def test_any_number_of_ways(tasks, way):
-    for algorithm in ALGORITHMS:
+    for algorithm in LEARNERS:
         if algorithm in ("ridge", "leo"):
             continue
         for shot in (1, 7):

@@ -11,6 +11,7 @@ from typing import Any
 MOST, LARGEST = 2**31 - 1, 3e38
 """Of the whole numbers and the numbers that users give: 32 bits, as sizes have, and float32."""
 
+
 # Control characters but for tabs and ends of lines, separators of lines, what turns the direction
 # of writing, and the bytes of file names that are no text.
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")

@@ -14,7 +14,7 @@ from scipy import stats
 
 from adaptax.cli import main
 from adaptax.engine.report import Report
-from adaptax.recipes import bayesian
+from adaptax.recipes import COMPARED, book, comparable
 from adaptax.task import Batch
 from adaptax.tasks import DataError, FSMol, assays, fsmol
 
@@ -451,7 +451,7 @@ def test_learners_are_compared_with_ridge_assay_by_assay(data, tmp_path, capsys,
         "evaluation": {"episodes": 3},
         "tune_noise": [1.0],
     }
-    monkeypatch.setitem(bayesian.SHORT, "fsmol", tiny)
+    monkeypatch.setitem(book.BOOK["family"]["fsmol"], "short", tiny)
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
     words = ["compare", "fsmol", "--algorithms", "maml", "ridge", "--shot", "3", "--steps", "2",
              "--data-root", str(tmp_path), "--out", str(tmp_path / "out")]  # fmt: skip
@@ -464,9 +464,9 @@ def test_learners_are_compared_with_ridge_assay_by_assay(data, tmp_path, capsys,
     assert maml["r2_minus_ridge"]["ci95"] > 0
 
 
-@pytest.mark.parametrize("algorithm", bayesian.COMPARED_ON["fsmol"])
+@pytest.mark.parametrize("algorithm", COMPARED["fsmol"])
 def test_all_that_are_compared_learn_by_one_loss_and_are_chosen_by_r2(algorithm):
-    experiment = bayesian.compared(algorithm, "fsmol")
+    experiment = comparable(algorithm, "fsmol")
     assert experiment.learner["loss"] == "relative_mse"
     assert experiment.evaluation == {"episodes": 157, "select": "r2"}
     task = Batch(jnp.zeros((2, 3)), jnp.array([[30.0], [-40.0]]))

@@ -25,6 +25,8 @@ from .options import (
     OwnFloat,
     OwnInt,
     OwnSeed,
+    RunCount,
+    RunInt,
     Seed,
     Size,
     Word,
@@ -44,16 +46,20 @@ class Train:
     `adaptax recipes list`. Ctrl-C saves, and says how to go on.
 
     ALGORITHM is maml, fomaml, anil, meta-sgd, maml++, reptile, platipus, bmaml, emaml (an ensemble
-    of MAMLs), pretrained (joint training, then fine-tuning) or ridge (regression of each task
-    alone). TASKS is omniglot, mini_imagenet, glyphs (drawn from Matplotlib's fonts, no download)
-    or folder (your images, a class a directory); the functions sinusoid, sinusoid_or_line and
-    finite_sinusoids; circles in the plane; celeba (attributes of faces); or fsmol (assays).
+    of MAMLs), leo (of embeddings and curves), pretrained (joint training, then fine-tuning),
+    class-mean (nearest class means), ridge (regression of each task alone), or one of your own,
+    my_module:MyLearner. TASKS is omniglot, mini_imagenet, glyphs (drawn from Matplotlib's fonts, no
+    download) or folder (your images, a class a directory); embeddings (a file of `adaptax embed`);
+    the functions sinusoid, sinusoid_or_line and finite_sinusoids; circles in the plane; celeba
+    (attributes of faces); fsmol (assays); the environments navigation, bandit, tabular_mdp,
+    half_cheetah and ant; or your own, my_module:my_tasks. Modules may lie in the current folder.
 
     For example:
       adaptax train maml sinusoid
       adaptax train reptile omniglot --way 5 --shot 1 --steps 15000
       adaptax train fomaml folder --path my/images --way 3 --shot 2 --steps 500
       adaptax train platipus sinusoid_or_line --init-from runs/maml-sinusoid_or_line
+      adaptax train my_module:MyLearner omniglot --model my_module:make
       adaptax train --resume runs/maml-sinusoid
     """
 
@@ -83,6 +89,8 @@ class Train:
     """drop the second derivatives"""
     seed: OwnSeed = None
     """names all randomness"""
+    seeds: Size = 1
+    """trainings, of this seed and those after it: the mean and spread of their scores"""
     episodes: Count = None
     """test episodes"""
     data_root: Word = None
@@ -94,11 +102,13 @@ class Train:
     init_from: Word = None
     """start from what the run in this folder learned: PLATIPUS from MAML"""
     resume: Word = None
-    """go on with the run in this folder, with its own settings"""
+    """go on with the run in this folder, with its own settings; --steps extends it"""
     validate_every: OwnCount = None
     """meta-steps between validations, else a tenth of all"""
     patience: OwnCount = None
     """stop after so many validations without improvement"""
+    model: Word = None
+    """a network of your own, `my_module:make`, called with those of out, in_size, key it takes"""
     train_only: Word = None
     """what meta-training trains, by its path in the network, such as `head`; the rest stays"""
     keep: Count = None
@@ -109,6 +119,8 @@ class Train:
     """how to map over tasks"""
     set: UseAppendAction[tuple[str, ...]] = ()
     """any setting of the experiment, such as `--set learner.remat=true`"""
+    trust: UseAppendAction[tuple[str, ...]] = ()
+    """a module of your own that the run to resume or to start from may import"""
     json: Flag = False
     """print the result as JSON"""
 
@@ -126,9 +138,9 @@ class Evaluate:
 
     run: Positional[str]
     """folder of the run"""
-    episodes: OwnCount = None
+    episodes: RunCount = None
     """number of episodes"""
-    steps: OwnInt = None
+    steps: RunInt = None
     """adaptation steps"""
     split: Literal["test", "val"] = "test"
     """whose episodes"""
@@ -140,6 +152,10 @@ class Evaluate:
     """score the network as it was before meta-training, which says what that was worth"""
     data_root: Word = None
     """folder of the data sets, if not the one that the run was trained from"""
+    path: Word = None
+    """where the images or embeddings are, if not where they were in training"""
+    trust: UseAppendAction[tuple[str, ...]] = ()
+    """a module of your own that the run names and may import"""
     json: Flag = False
     """print the scores as JSON"""
 
@@ -252,12 +268,15 @@ class RecipesShow:
 
     For example:
       adaptax recipes show maml-omniglot-5w1s
+      adaptax recipes show maml-omniglot-5w1s --toml > my.toml
     """
 
     name: Positional[str]
     """of the recipe"""
     json: Flag = False
     """print the settings alone, as JSON"""
+    toml: Flag = False
+    """print the recipe as TOML, for `adaptax recipes run FILE.toml` once it is edited"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,18 +287,27 @@ class RecipesRun:
 
     For example:
       adaptax recipes run maml-omniglot-5w1s-short --data-root my/data
+      adaptax recipes run my.toml --set learner.inner_steps=3 --seeds 3
     """
 
     name: Positional[str]
-    """of the recipe"""
+    """of the recipe, or a TOML file with one of your own"""
     steps: OwnCount = None
     """meta-steps, if not the recipe's"""
-    seed: Seed = 0
+    seed: OwnSeed = None
     """names all randomness"""
+    seeds: Size = 1
+    """trainings, of this seed and those after it: the mean and spread of their scores"""
     data_root: Word = None
     """folder of the data sets, else ADAPTAX_DATA, else the user's cache"""
+    path: Word = None
+    """the images or embeddings of a recipe on the task families `folder` and `embeddings`"""
     run: Word = None
     """folder to write, else runs/NAME"""
+    set: UseAppendAction[tuple[str, ...]] = ()
+    """any setting of the experiment, such as `--set learner.remat=true`"""
+    trust: UseAppendAction[tuple[str, ...]] = ()
+    """a module of your own that the recipe names and may import"""
     json: Flag = False
     """print the result as JSON"""
 
@@ -306,12 +334,18 @@ class Predict:
     """images: files, folders or patterns"""
     out: Word = None
     """file to write the predictions to: a table.csv, .json or .parquet"""
-    steps: OwnInt = None
-    """adaptation steps, if not the run's"""
+    steps: RunInt = None
+    """adaptation steps"""
     transductive: bool = False
     """predict the queries together, so that batch normalisation mixes them"""
     invert: Flag = False
     """the images are light where those of the run were dark"""
+    data_root: Word = None
+    """folder of the data sets, if not the one that the run was trained from; none is read"""
+    path: Word = None
+    """where the images of the run are, if not where they were in training; none is read"""
+    trust: UseAppendAction[tuple[str, ...]] = ()
+    """a module of your own that the run names and may import"""
     json: Flag = False
     """print the predictions as JSON"""
 

@@ -9,6 +9,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from ..recipes import RECIPES, Recipe, authors
+from ..recipes.book import to_toml
 from .commands import RecipesList, RecipesShow
 from .console import consoles
 from .settings import recipe
@@ -29,7 +30,11 @@ def show_all(options: RecipesList) -> None:
 
 def show(options: RecipesShow) -> None:
     """`adaptax recipes show`: what it does otherwise than its authors, its settings, and Python."""
-    found, rows = recipe(options.name), authors.compare(options.name)
+    found = recipe(options.name)
+    if options.toml:
+        print(to_toml(found), end="")
+        return
+    rows = authors.compare(options.name)
     if options.json:
         content = {**_to_json(found), "settings": [row._asdict() for row in rows]}
         print(json.dumps(content, indent=2, ensure_ascii=False))

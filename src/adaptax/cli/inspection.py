@@ -20,7 +20,7 @@ from jaxtyping import Array
 from rich.table import Table
 
 from .. import io, metrics
-from ..recipes import ENVIRONMENTS, REGRESSIONS, Experiment, changed, effective
+from ..recipes import Experiment, changed, effective
 from ..recipes.runs import adapt_and_predict, load_run
 from ..report.record import dump
 from ..task import Batch
@@ -40,7 +40,7 @@ def evaluate(options: Evaluate) -> None:
     out, console = consoles()
     if options.untrained and options.ensemble:
         raise ValueError("--untrained is of one network; leave out --ensemble")
-    run = load_run(options.run, data_root=options.data_root)
+    run = load_run(options.run, path=options.path, data_root=options.data_root, trust=options.trust)
     run = run.untrained() if options.untrained else run
     how: dict[str, Any] = {"transductive": options.transductive}
     if options.episodes is not None:
@@ -58,11 +58,9 @@ def evaluate(options: Evaluate) -> None:
 
 def predict(options: Predict) -> None:
     """`adaptax predict`."""
-    run = load_run(options.run)
+    run = load_run(options.run, path=options.path, data_root=options.data_root, trust=options.trust)
     experiment = run.experiment
-    if ("conv4" not in experiment.network and "mlp" not in experiment.network) or (
-        experiment.tasks in (*REGRESSIONS, *ENVIRONMENTS, "circles")
-    ):
+    if not experiment.family.has("images"):
         raise ValueError(
             f"{options.run} was trained on {experiment.tasks}; predict wants a run on images"
         )
@@ -113,7 +111,7 @@ def _for_classes(experiment: Experiment, count: int, support: str) -> Experiment
     way = experiment.way or 1
     if count < 2:
         raise DataError(f"{support} has {count} class folders; expected two or more")
-    if experiment.algorithm == "class-mean":
+    if experiment.row.untrained:
         return changed(experiment, {"task": {"way": count}})
     if count > way:
         raise DataError(
@@ -206,8 +204,7 @@ def image_format(experiment: Experiment, invert: bool = False) -> ImageFormat:
         invert: the other way round: for images that are light where those were dark.
     """
     task = effective(experiment)["task"]
-    colour = experiment.tasks in ("mini_imagenet", "celeba")
-    channels = task.get("channels", 3 if colour else 1)
+    channels = task.get("channels", experiment.family.channels)
     normal: dict[str, Any] = {}
     if task.get("normalise"):
         normal = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
@@ -269,4 +266,4 @@ def _pixels(files: Files, names: list[str], form: ImageFormat) -> Any:
 
 
 def _steps_name(experiment: Experiment) -> str:
-    return "inner_steps" if experiment.algorithm == "meta-sgd" else "eval_steps"
+    return "eval_steps" if "eval_steps" in experiment.settings else "inner_steps"

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, TypeAlias
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
+from ..recipes import table
 from ..text import LARGEST, MOST, shown
 
-ALGORITHMS = (
-    "maml", "fomaml", "anil", "meta-sgd", "maml++", "reptile", "platipus", "bmaml", "emaml",
-    "leo", "pretrained", "class-mean", "ridge",
-)  # fmt: skip
-FAMILIES = (
-    "sinusoid", "omniglot", "mini_imagenet", "glyphs", "folder",
-    "sinusoid_or_line", "finite_sinusoids", "circles", "celeba", "fsmol", "embeddings",
-    "navigation", "bandit", "tabular_mdp", "half_cheetah", "ant",
-)  # fmt: skip
 
-
-def one(
-    kind: Callable[[str], Any], metavar: str, what: str, choices: tuple[str, ...] | None = None
-) -> PrimitiveConstructorSpec[Any]:
+def one(kind: Callable[[str], Any], metavar: str, what: str) -> PrimitiveConstructorSpec[Any]:
     """One word of a kind, or `None` where it is not given."""
 
     def parse(words: list[str]) -> Any:
@@ -38,7 +27,6 @@ def one(
         instance_from_str=parse,
         is_instance=lambda value: True,
         str_from_instance=lambda value: [str(value)],
-        choices=choices,
     )
 
 
@@ -59,6 +47,26 @@ def number(
     return one(parse, kind.__name__.upper(), f"{name} from {least:g} to {largest:.10g}")
 
 
+def _named(metavar: str, known: Iterable[str], own: str) -> PrimitiveConstructorSpec[Any]:
+    """One of these names, or what is named by the module of the user that it is in."""
+    names = list(known)
+
+    def parse(words: list[str]) -> str:
+        (word,) = words
+        if word in names or ":" in word or (own == "Learner" and word in table.plugins()):
+            return word
+        said = table.one_of(word, [*names, f"your own, my_module:{own}"]).removeprefix("there are ")
+        raise ValueError(f"{shown(word)!r} is not one of {said}")
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=parse,
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
 def _mapping(word: str) -> str | int:
     if word in ("auto", "scan", "vmap"):
         return word
@@ -68,6 +76,7 @@ def _mapping(word: str) -> str | int:
 
 
 _HINT = arg(help_behavior_hint="(default: of the closest recipe)")
+_RUN = arg(help_behavior_hint="(default: of the run)")
 _NONE = arg(help_behavior_hint="")
 
 Int: TypeAlias = Annotated[int | None, number(int), _HINT]
@@ -76,6 +85,8 @@ Float: TypeAlias = Annotated[float | None, number(float), _HINT]
 OwnInt: TypeAlias = Annotated[int | None, number(int), _NONE]
 OwnCount: TypeAlias = Annotated[int | None, number(int, 1), _NONE]
 OwnFloat: TypeAlias = Annotated[float | None, number(float), _NONE]
+RunInt: TypeAlias = Annotated[int | None, number(int), _RUN]
+RunCount: TypeAlias = Annotated[int | None, number(int, 1), _RUN]
 Size: TypeAlias = Annotated[int, number(int, 1)]
 Number: TypeAlias = Annotated[float, number(float)]
 Seed: TypeAlias = Annotated[int, number(int, -(2**31), 2**32 - 1)]
@@ -89,11 +100,11 @@ Mapping: TypeAlias = Annotated[
 Format: TypeAlias = Literal["png", "pdf", "svg"]
 Flag: TypeAlias = FlagCreatePairsOff[Annotated[bool, _NONE]]
 Algorithm: TypeAlias = Positional[
-    Annotated[str | None, one(str, "ALGORITHM", "an algorithm", ALGORITHMS), _NONE]
+    Annotated[str | None, _named("ALGORITHM", table.LEARNERS, "Learner"), _NONE]
 ]
 Family: TypeAlias = Positional[
-    Annotated[str | None, one(str, "TASKS", "a task family", FAMILIES), _NONE]
+    Annotated[str | None, _named("TASKS", table.FAMILIES, "tasks"), _NONE]
 ]
 Comparison: TypeAlias = Positional[
-    Annotated[str | None, one(str, "TASKS", "a task family", ("ambiguous", *FAMILIES)), _NONE]
+    Annotated[str | None, _named("TASKS", ["ambiguous", *table.FAMILIES], "tasks"), _NONE]
 ]

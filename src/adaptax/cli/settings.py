@@ -5,96 +5,113 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from ..recipes import (
-    CELLS,
-    ENVIRONMENTS,
-    RECIPES,
-    REGRESSIONS,
-    Experiment,
-    Recipe,
-    changed,
-    closest,
-)
+from ..recipes import RECIPES, Experiment, Recipe, changed, closest, parts, table
+from ..recipes.book import read_file
 from ..recipes.settings import with_path, with_settings
 from ..text import shown
 from .commands import Train
 
-FIRST_ORDER = {
-    "reptile": "Reptile takes no second derivatives anyway; leave out --first-order",
-    "maml++": "MAML++ is of first order for a part of meta-training; instead of --first-order, use "
-    "--set learner.derivative_order_annealing=1",
-    "leo": "LEO differentiates through its inner loop; leave out --first-order",
-}
-"""What is said to those who ask for it."""
 
-
-def experiment_of(asked: Train) -> Experiment:
-    """The closest recipe, changed as asked.
+def experiment_of(options: Train) -> Experiment:
+    """Return the closest recipe, changed as the options say.
 
     Raises:
-        ValueError: if something is asked that the task family or the algorithm does not have.
+        ValueError: if an option is not for the task family or the learner.
     """
-    if asked.algorithm is None or asked.tasks is None:
+    if options.algorithm is None or options.tasks is None:
         raise ValueError(
             "name an algorithm and a task family (adaptax train maml sinusoid), or a run to go on "
             "with (adaptax train --resume RUN)"
         )
-    fixed = asked.tasks in ("sinusoid", *CELLS, *ENVIRONMENTS)
-    if fixed and asked.way is not None:
-        what = "are regressions and have no ways" if asked.tasks in REGRESSIONS else "have two ways"
-        what = "are of reinforcement learning" if asked.tasks in ENVIRONMENTS else what
-        raise ValueError(f"{asked.tasks} tasks {what}; leave out --way")
-    way, shot = or_else(asked.way, 5), or_else(asked.shot, 1)
-    experiment = with_path(closest(asked.algorithm, asked.tasks, way, shot), asked.path)
-    task = {"shot": asked.shot, "query": asked.query} if fixed else {"query": asked.query}
-    learner: dict[str, Any] = {"inner_steps": asked.inner_steps, "eval_steps": asked.eval_steps}
-    learner["train_only"] = asked.train_only
-    if asked.train_only is not None and asked.algorithm in ("ridge", "class-mean"):
-        raise ValueError(f"{asked.algorithm} trains no network; leave out --train-only")
-    learner["inner_adam" if "inner_adam" in experiment.learner else "inner_lr"] = asked.inner_lr
-    outer: dict[str, Any] = {}
-    if asked.algorithm == "ridge":
-        learner, outer = {}, {"adam": asked.outer_lr}
-        if any(value is not None for value in (asked.inner_lr, asked.inner_steps)):
-            raise ValueError("ridge regression takes no inner steps; leave out --inner-lr and "
-                             "--inner-steps")  # fmt: skip
-    elif asked.algorithm in ("reptile", "maml++", "leo"):
-        # They have an outer optimizer of their own.
-        learner["outer_lr"] = asked.outer_lr
-        if asked.first_order:
-            raise ValueError(FIRST_ORDER[asked.algorithm])
-    else:
-        if "trpo" in experiment.outer:
-            if asked.outer_lr is not None:
-                raise ValueError("TRPO has no step size; bound its KL by --set outer.trpo=0.01")
-        else:
-            outer["adam"] = asked.outer_lr
-        if asked.first_order and asked.algorithm != "fomaml":
-            learner["first_order"] = True
+    table.trust(*table.own(options.algorithm, options.tasks, options.model))
+    row, family = table.learner(options.algorithm), table.family(options.tasks)
+    free = family.takes("way")
+    if options.way is not None and not free:
+        raise ValueError(f"{options.tasks} tasks {WAYS[family.kind]}; leave out --way")
+    way, shot = or_else(options.way, 5), or_else(options.shot, 1)
+    experiment = with_path(closest(options.algorithm, options.tasks, way, shot), options.path)
+    task = {"query": options.query} if free else {"shot": options.shot, "query": options.query}
+    evaluation: dict[str, Any] = {"goals" if experiment.acts else "episodes": options.episodes}
+    if options.eval_steps is not None and "at" in experiment.evaluation:
+        evaluation["at"] = [0, options.eval_steps]
     changes: dict[str, Any] = {
         "task": task,
         "test_task": {n: v for n, v in task.items() if n in experiment.test_task},
-        "learner": learner,
-        "outer": outer,
-        "evaluation": {"goals" if asked.tasks in ENVIRONMENTS else "episodes": asked.episodes},
-        "steps": asked.steps,
-        "meta_batch": asked.meta_batch,
-        "keep": asked.keep,
-        "seed": asked.seed,
+        "network": {"model": options.model},
+        "learner": _learner(options, experiment, row),
+        "outer": _outer(options, experiment),
+        "evaluation": evaluation,
+        "steps": options.steps,
+        "meta_batch": options.meta_batch,
+        "keep": options.keep,
+        "seed": options.seed,
     }
-    if asked.eval_steps is not None and "at" in experiment.evaluation:
-        changes["evaluation"]["at"] = [0, asked.eval_steps]
-    if asked.inner_lr is not None and experiment.tune:
+    if options.inner_lr is not None and experiment.tune:
         changes["tune"] = []
-    return with_settings(changed(experiment, changes), asked.set)
+    return with_settings(changed(experiment, changes), options.set)
+
+
+WAYS = {
+    "regression": "are regressions and have no ways",
+    "classification": "have two ways",
+    "environment": "are of reinforcement learning",
+}
+"""Why there is no way to choose, by the kind of tasks."""
+
+
+def _learner(options: Train, experiment: Experiment, row: table.Learner) -> dict[str, Any]:
+    """Return the settings of the learner that the options name.
+
+    Raises:
+        ValueError: if it has no such settings.
+    """
+    known = experiment.settings
+    if options.train_only is not None and row.untrained:
+        raise ValueError(f"{options.algorithm} trains no network; leave out --train-only")
+    steps = (options.inner_lr, options.inner_steps)
+    if any(value is not None for value in steps) and "inner_lr" not in known:
+        raise ValueError(
+            f"{row.title} takes no inner steps; leave out --inner-lr and --inner-steps"
+        )
+    learner: dict[str, Any] = {
+        "inner_adam" if "inner_adam" in experiment.learner else "inner_lr": options.inner_lr,
+        "inner_steps": options.inner_steps,
+        "eval_steps": options.eval_steps,
+        "train_only": options.train_only,
+    }
+    if options.first_order and "first_order" in known:
+        learner["first_order"] = True
+    elif options.first_order and "first_order" not in row.sets:
+        said = f"{row.title} has no such setting; leave out --first-order"
+        raise ValueError(row.first_order or said)
+    if "outer_lr" in known:
+        learner["outer_lr"] = options.outer_lr
+    return learner
+
+
+def _outer(options: Train, experiment: Experiment) -> dict[str, Any]:
+    """Return the settings of the outer loop that the options name.
+
+    Raises:
+        ValueError: if it has no step size.
+    """
+    if "outer_lr" in experiment.settings or options.outer_lr is None:
+        return {}  # of an optimizer of its own
+    if "trpo" in experiment.outer:
+        raise ValueError("TRPO has no step size; bound its KL by --set outer.trpo=0.01")
+    rule = next((name for name in experiment.outer if name in parts.rules()), "adam")
+    return {rule: options.outer_lr}
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of that name.
+    """Return the recipe of that name, or in that TOML file.
 
     Raises:
-        ValueError: if there is none; suggests names that are similar.
+        FileNotFoundError: if there is no such file.
+        ValueError: if there is no such recipe; suggests names that are similar.
     """
+    if name.endswith(".toml"):
+        return read_file(Path(name))
     if name not in RECIPES:
         near = difflib.get_close_matches(name[:100], RECIPES, 3, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "see `adaptax recipes list`"

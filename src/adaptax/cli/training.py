@@ -9,26 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.table import Table
 
 from .. import report
 from ..engine.report import Report
 from ..engine.run import Run
 from ..recipes import (
-    CURVES,
-    IMAGES,
-    TITLES,
     Experiment,
     changed,
     origin,
+    table,
 )
 from ..recipes.runs import (
     Trained,
     adapt_and_predict,
     experiment_in,
+    extended,
     fit,
     free_folder,
+    moved,
     new_config,
     nothing_lost,
     start_of,
@@ -43,38 +45,105 @@ from .console import consoles
 from .progress import Shown, scoring
 
 
-def train(asked: Train) -> None:
+def train(options: Train) -> None:
     """`adaptax train`."""
-    if asked.resume is not None:
-        _resume(asked)
+    table.trust(*table.own(options.algorithm, options.tasks), *options.trust)
+    if options.resume is not None:
+        _resume(options)
         return
-    experiment = settings.experiment_of(asked)
-    path = Path(asked.run) if asked.run else free_folder(_name(experiment))
-    start = None if asked.init_from is None else Path(asked.init_from)
+    experiment = settings.experiment_of(options)
+    path = Path(options.run) if options.run else free_folder(_name(experiment))
+    start = None if options.init_from is None else Path(options.init_from)
     if start is not None:
         experiment = dataclasses.replace(experiment, init_from=start_of(start))
     config = new_config(
         experiment,
-        data_root=asked.data_root,
+        data_root=options.data_root,
         start=start,
-        validate_every=asked.validate_every,
-        patience=asked.patience,
-        mapping=asked.mapping,
-        fast_path="auto" if asked.fast_path else False,
+        validate_every=options.validate_every,
+        patience=options.patience,
+        mapping=options.mapping,
+        fast_path="auto" if options.fast_path else False,
     )
-    config["settings"] = origin(experiment)
-    _train_and_test(config, path, as_json=asked.json)
+    _train_and_test_all({**config, "settings": origin(experiment)}, path, options)
 
 
-def run_recipe(asked: RecipesRun) -> None:
+def run_recipe(options: RecipesRun) -> None:
     """`adaptax recipes run`."""
-    found = settings.recipe(asked.name)
-    changes = {"seed": asked.seed, "steps": asked.steps}
-    experiment = changed(found.experiment, changes)
-    config = new_config(experiment, data_root=asked.data_root)
+    table.trust(*options.trust)
+    found = settings.recipe(options.name)
+    changes = {"seed": options.seed, "steps": options.steps}
+    experiment = settings.with_settings(changed(found.experiment, changes), options.set)
+    if "path" not in experiment.task or options.path is not None:
+        experiment = settings.with_path(experiment, options.path)
+    config = new_config(experiment, data_root=options.data_root)
     config |= {"recipe": found.name, "about": found.about, "paper": found.paper}
-    path = Path(asked.run) if asked.run else Path("runs", found.name)
-    _train_and_test(config, path, as_json=asked.json)
+    if experiment != found.experiment:
+        config["settings"] = origin(experiment)
+    path = Path(options.run) if options.run else Path("runs", found.name)
+    _train_and_test_all(config, path, options)
+
+
+def _train_and_test_all(config: dict[str, Any], path: Path, options: Train | RecipesRun) -> None:
+    """Train and test once, or for several seeds, and write the mean and spread of the scores."""
+    if options.seeds == 1:
+        _train_and_test(config, path, as_json=options.json)
+        return
+    first, found = config["experiment"]["seed"], []
+    command = config["command"] + ("" if options.run else f" --run {shlex.quote(str(path))}")
+    for seed in range(first, first + options.seeds):
+        one = {**config, "experiment": {**config["experiment"], "seed": seed}}
+        folder = path / f"seed{seed}"
+        found.append(
+            _train_and_test(one, folder, as_json=options.json, command=command, quiet=True)
+        )
+    kinds = [name for name in ("result", *KINDS) if name in found[0]]
+    scores = {
+        kind: _spread([one[kind] if kind == "result" else one[kind]["result"] for one in found])
+        for kind in kinds
+    }
+    result = {
+        "seeds": [one["experiment"]["seed"] for one in found],
+        "scores": {"test" if kind == "result" else kind: of for kind, of in scores.items()},
+        "runs": [one["run"] for one in found],
+        "command": command,
+        **facts(),
+    }
+    keep(path / "seeds.json", result)
+    if options.json:
+        print(dump(result))
+        return
+    sheet = Table(title=f"{options.seeds} seeds", title_justify="left")
+    for heading in ("scores", "metric", "mean", "standard deviation", "of each seed"):
+        sheet.add_column(heading)
+    for kind, of in result["scores"].items():
+        for metric, one in of.items():
+            number = [report.number(metric, value) for value in (one["mean"], one["std"])]
+            each = ", ".join(report.number(metric, value) for value in one["each"])
+            sheet.add_row(kind.replace("_", "-"), metric, *number, each)
+    out = consoles()[0]
+    out.print(sheet)
+    names = ", ".join(Path(run).name for run in result["runs"])
+    out.print(f"run folders: {path} (seeds.json, {names})", soft_wrap=True)
+
+
+KINDS = ("non_transductive", "ensemble")
+"""Further ways to score a run, beside that of its test."""
+
+
+def _spread(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return mean and standard deviation over seeds of every score, NaN where one is missing."""
+    found = {}
+    for name in results[0]:
+        each = [one.get(name) for one in results]
+        if not name.endswith("_ci95") and all(isinstance(x, int | float | None) for x in each):
+            values = np.array([np.nan if x is None else x for x in each], float)
+            found[name] = {
+                "mean": float(values.mean()),
+                "std": float(values.std(ddof=1)),
+                "each": values.tolist(),
+            }
+    return found
 
 
 def pictures(trained: Trained, scores: Report, path: Path) -> list[str]:
@@ -85,13 +154,13 @@ def pictures(trained: Trained, scores: Report, path: Path) -> list[str]:
         figures["learning_curve"] = report.learning_curve(trained.history)
     if scores.primary == "return":
         figures |= _returns(trained, scores)
-    elif experiment.tasks in CURVES and experiment.eval_steps:
+    elif experiment.family.has("curves") and experiment.eval_steps:
         steps = (0, 1, experiment.eval_steps)
         figures["adaptation"] = report.adaptation(
             learner, trained.meta, trained.test.test, key=key, steps=steps,
-            title=f"{TITLES[experiment.algorithm]}, {trained.test.test.describe()['shot']}-shot",
+            title=f"{experiment.title}, {trained.test.test.describe()['shot']}-shot",
         )  # fmt: skip
-    elif experiment.tasks in IMAGES:
+    elif experiment.family.has("images"):
         task = trained.test.test.sample(key)
         logits = adapt_and_predict(
             experiment, trained.meta, task.support, task.query.x, experiment.transductive
@@ -102,35 +171,52 @@ def pictures(trained: Trained, scores: Report, path: Path) -> list[str]:
 
 def _returns(trained: Trained, found: Report) -> dict[str, Figure]:
     """Pictures of reinforcement learning."""
-    title = TITLES[trained.experiment.algorithm]
+    title = trained.experiment.title
     return {"returns": returns.returns_by_step({title: found}), **behaviour(trained)}
 
 
-def _resume(asked: Train) -> None:
-    mine = {"algorithm", "tasks", "resume", "data_root", "json"}
+def _resume(options: Train) -> None:
+    mine = {"algorithm", "tasks", "resume", "steps", "data_root", "path", "trust", "json"}
     for field in dataclasses.fields(Train):
-        if field.name not in mine and getattr(asked, field.name) != field.default:
+        if field.name not in mine and getattr(options, field.name) != field.default:
             raise ValueError(
                 "a run goes on with its own settings; leave out "
                 f"--{field.name.replace('_', '-')}, or start a new run"
             )
-    path = Path(asked.resume or "")
+    path = Path(options.resume or "")
     config = Run(path).config()
     experiment = experiment_in(config, path)
     for what in ("algorithm", "tasks"):
-        if getattr(asked, what) not in (None, getattr(experiment, what)):
+        if getattr(options, what) not in (None, getattr(experiment, what)):
             raise ValueError(
                 f"the run in {path} is of {experiment.algorithm} on {experiment.tasks}, not of "
-                f"{asked.algorithm} on {asked.tasks}"
+                f"{options.algorithm} on {options.tasks}"
             )
-    if asked.data_root is not None:
-        config = {**config, "data_root": asked.data_root}
-    _train_and_test(config, path, as_json=asked.json)
+    config = moved(config, path=options.path, data_root=options.data_root)
+    if options.steps is not None and options.steps != experiment.steps:
+        config = extended(config, path, options.steps)
+        consoles()[1].print(
+            f"extended from {experiment.steps:,} to {options.steps:,} meta-steps; what follows a "
+            "schedule, of the learner or its outer optimizer, goes on as if it spanned all of "
+            "these from here on",
+            soft_wrap=True,
+        )
+    _train_and_test(config, path, as_json=options.json)
 
 
-def _train_and_test(config: dict[str, Any], path: Path, *, as_json: bool) -> None:
+def _train_and_test(
+    config: dict[str, Any],
+    path: Path,
+    *,
+    as_json: bool,
+    command: str | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Train, test, and write the result; prints it as a table, or as JSON unless `quiet`."""
     out, progress = consoles()
-    resume_command = shlex.join(["adaptax", "train", "--resume", str(path)])
+    own = sorted(table.own_modules(config["experiment"]))
+    trusted = [word for module in own for word in ("--trust", module)]
+    resume_command = command or shlex.join(["adaptax", "train", "--resume", str(path), *trusted])
     trained = fit(config, path, resume_command, Shown(progress))
     experiment = trained.experiment
     with nothing_lost(
@@ -162,8 +248,9 @@ def _train_and_test(config: dict[str, Any], path: Path, *, as_json: bool) -> Non
             result[name] = scores.to_json()
     keep(path / "test.json", result)
     if as_json:
-        print(dump(result))
-        return
+        if not quiet:
+            print(dump(result))
+        return result
     for name, scores in reports.items():
         show(scores, out, name.replace("_", "-"))
     if "settings" in config:
@@ -177,6 +264,7 @@ def _train_and_test(config: dict[str, Any], path: Path, *, as_json: bool) -> Non
     )
     out.print(f"run folder: {path} (test.json, {', '.join(os.path.basename(p) for p in plots)})",
               soft_wrap=True)  # fmt: skip
+    return result
 
 
 def show(scores: Report, out: Console, title: str) -> None:
@@ -197,7 +285,7 @@ def _test(trained: Trained, console: Console) -> dict[str, Report]:
     beside the single model the ensemble of the best, if they are kept."""
     experiment = trained.experiment
     ways: dict[str, dict[str, Any]] = {"test": {}}
-    if experiment.algorithm == "reptile" and experiment.tasks in IMAGES:
+    if experiment.row.alone and experiment.family.has("images"):
         ways["non_transductive"] = {"transductive": False}
     if experiment.keep > 1:
         ways["ensemble"] = {"ensemble": True}
@@ -213,4 +301,5 @@ def _name(experiment: Experiment) -> str:
     cell = (
         f"-{experiment.task['way']}w{experiment.task['shot']}s" if "way" in experiment.task else ""
     )
-    return f"{experiment.algorithm}-{experiment.tasks}{cell}"
+    names = (name.rpartition(":")[2] for name in (experiment.algorithm, experiment.tasks))
+    return f"{'-'.join(names)}{cell}"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from .. import models
-from ..algorithms.maml import MAML
 from ..tasks.omniglot import PROTOCOLS
+from . import table
 from .experiment import Experiment
-from .names import ALGORITHMS, TASKS
 
 
 def effective(experiment: Experiment) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def effective(experiment: Experiment) -> dict[str, Any]:
     Defaults are those of the task family (of Omniglot, the protocol's too), of the network with
     its preset, and of the learner. The outer optimizer is as given, else Adam's 1e-3.
     """
-    task = _defaults(TASKS[experiment.tasks]) | dict(experiment.task)
+    task = _defaults(table.load(experiment.family.make)) | dict(experiment.task)
     if experiment.tasks == "omniglot":
         task = {**task, **dataclasses.asdict(PROTOCOLS[task["protocol"]]), **_given(task)}
     network, preset = dict(experiment.network), {}
@@ -28,9 +28,11 @@ def effective(experiment: Experiment) -> dict[str, Any]:
         preset = _defaults(models.Conv4) | models.CONV4[network["conv4"]]
     elif "mlp" in network:
         preset = _defaults(models.MLP)
-    # FOMAML, ANIL and the pretrained baseline are functions that pass arguments on to MAML.
-    learner = _defaults(MAML) if experiment.algorithm in ("fomaml", "anil", "pretrained") else {}
-    learner |= {"reduction": "mean"} | _defaults(ALGORITHMS[experiment.algorithm])
+    make = table.load(experiment.row.make)
+    learner = {"reduction": "mean"}
+    if not inspect.isclass(make):  # which passes arguments on to the class that it returns
+        learner |= _defaults(typing.get_type_hints(make)["return"])
+    learner |= _defaults(make)
     return {
         **dataclasses.asdict(experiment),
         "task": task,

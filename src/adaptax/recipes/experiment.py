@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 import json
 import math
 import types
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
 
-from .. import inner, io, models, rl, tree
+from .. import io
 from ..algorithms.checkpoint_ensemble import CheckpointEnsemble
-from ..algorithms.gaussian import Gaussian, gamma_prior
-from ..algorithms.leo_regression import LEORegression
-from ..algorithms.shared_head import SharedHead
+from ..algorithms.gaussian import Gaussian
 from ..engine.evaluate import ACTING, PREDICTING, Evaluator
 from ..engine.report import Report
 from ..engine.run import Run
@@ -30,19 +26,7 @@ from ..engine.train import Result, fit
 from ..learner import Adapter, Meta, MetaLearner
 from ..losses import Loss
 from ..task import Model, Source, Splits, TaskDistribution
-from . import schema
-from .names import (
-    ACTIVATIONS,
-    ALGORITHMS,
-    DOWNLOADED,
-    ENVIRONMENTS,
-    INPUTS,
-    LOSSES,
-    REGRESSIONS,
-    TASKS,
-    TITLES,
-    demand,
-)
+from . import parts, schema, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,20 +34,22 @@ class Experiment:
     """What to train on what, and how to judge it.
 
     Args:
-        algorithm: a name in `ALGORITHMS`.
-        tasks: a name in `TASKS`.
+        algorithm: a name in `LEARNERS`, or one's own, `my_module:MyLearner`.
+        tasks: a name in `FAMILIES`, or one's own, `my_module:my_tasks`.
         task: arguments of the task family: way, shot, query, ….
-        network: `{"mlp": [hidden…], …}`, `{"conv4": preset, …}`, `{"linear": width}` or, of
-            environments, `{"policy": [hidden…], …}`, with further arguments; an activation by
-            its name in `ACTIVATIONS`.
-        learner: arguments of the learner; `inner_adam` stands for an inner rule, Adam without
-            momentum at that rate; `loss`, with `reduction` and `noise`, for a loss by its name in
-            `LOSSES`; and `adapt_only` and `train_only` for what is under a name, such as
-            `"head"`.
-        outer: the outer optimizer: `{"adam": rate, "clip": bound}`, either may be missing; the
-            learner's own if empty; or `{"trpo": bound of the KL, …}`, with further arguments, and
-            `"each": True` for a trust region of each of several policies; or `{"ppo": rate of
-            Adam, "epochs": …, "clip": …}`.
+        network: `{"mlp": [hidden…], …}`, `{"conv4": preset, …}`, `{"linear": width}`, of
+            environments `{"policy": [hidden…], …}`, or one's own, `{"model": "my_module:make",
+            …}`, with further arguments; an activation by its name in `ACTIVATIONS`.
+        learner: arguments of the learner; for the inner rule `inner_lr`, or `inner_optimizer`,
+            one of optax's with its rate and arguments, `{"sgd": 0.1, "momentum": 0.9}`, or
+            `inner_adam`, Adam without momentum at that rate; `loss`, with `reduction` and
+            `noise`, for a loss by its name in `LOSSES`; and `adapt_only` and `train_only` for
+            what is under a name, such as `"head"`.
+        outer: the outer optimizer: one of optax's with its rate and arguments and a bound of the
+            gradient, `{"adam": rate, "clip": bound}`, either may be missing; the learner's own if
+            empty; or `{"trpo": bound of the KL, …}`, with further arguments, and `"each": True`
+            for a trust region of each of several policies; or `{"ppo": rate of Adam,
+            "epochs": …, "clip": …}`.
         steps: meta-steps.
         meta_batch: tasks a meta-step.
         evaluation: arguments of `evaluate`.
@@ -95,7 +81,7 @@ class Experiment:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, values in sections(self).items():
+        for name, values in _checked(self).items():
             object.__setattr__(self, name, values)
         at, steps = self.evaluation.get("at"), self.evaluation.get("steps")
         most = self.eval_steps if steps is None else steps
@@ -105,102 +91,121 @@ class Experiment:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """The experiment as JSON values."""
+        """Return the experiment as JSON values."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_json(cls, values: Any) -> Experiment:
-        """The experiment that `to_json` described.
+        """Return the experiment that `to_json` described.
 
         Raises:
-            ValueError: if fields are missing or unknown.
+            ValueError: if fields are missing or unknown, or a module of the user's is named that
+                is not trusted.
         """
-        names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(values, Mapping):
             raise ValueError("this does not describe an experiment: it is no JSON object")
+        fields = dataclasses.fields(cls)
+        names = [field.name for field in fields]
         for name in values:
             if name not in names:
                 raise ValueError(
                     f"this does not describe an experiment: {name!r:.80} is nothing of one; "
                     f"{schema.one_of(str(name), names)}"
                 )
-        for field in dataclasses.fields(cls):
-            if field.name in values:
-                continue
+        whole = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+        for field in fields:
             if field.default_factory is not dataclasses.MISSING:
-                values = {**values, field.name: field.default_factory()}
-            elif field.default is not dataclasses.MISSING:
-                values = {**values, field.name: field.default}
-            else:
-                raise ValueError(f"this does not describe an experiment: it has no {field.name}")
-        return cls(**sections(types.SimpleNamespace(**values)))
+                whole[field.name] = field.default_factory()
+        whole |= values
+        if missing := [name for name in names if name not in whole]:
+            raise ValueError(f"this does not describe an experiment: it has no {missing[0]}")
+        return cls(**{**whole, **_checked(types.SimpleNamespace(**whole))})
+
+    @property
+    def family(self) -> table.Family:
+        """The facts of the task family."""
+        return table.family(self.tasks)
+
+    @property
+    def row(self) -> table.Learner:
+        """The facts of the learner."""
+        return table.learner(self.algorithm)
+
+    @property
+    def title(self) -> str:
+        """How reports and plots write the learner."""
+        return self.row.title
+
+    @property
+    def acts(self) -> bool:
+        """Whether the tasks are environments."""
+        return self.family.kind == "environment"
 
     def splits(self, data_root: str | None = None, *, test: bool = False) -> Splits:
-        """The task distributions; with `test`, those of the test episodes.
+        """Return the task distributions; with `test`, those of the test episodes.
 
         Raises:
             ValueError: if the task family does not know an argument.
         """
         arguments = {**self.task, **(self.test_task if test else {})}
-        if data_root is not None and self.tasks in DOWNLOADED:
+        if data_root is not None and self.family.downloaded:
             arguments["data_root"] = data_root
-        return _call(TASKS[self.tasks], arguments, f"the task family {self.tasks}")
+        splits = parts.call(
+            table.load(self.family.make), arguments, f"the task family {self.tasks}"
+        )
+        if not isinstance(splits, Splits):
+            raise ValueError(
+                f"the task family {self.tasks} made {type(splits).__name__}; expected "
+                "adaptax.Splits(train, val, test)"
+            )
+        return splits
 
     def model(self) -> Model:
-        """The untrained network, as the seed initialises it.
+        """Return the untrained network, as the seed initialises it.
 
         Raises:
             ValueError: if the network does not know an argument.
         """
-        network = {"key": jax.random.key(self.seed), **self.network}
-        gaussian = self.learner.get("loss") == "gaussian"
-        if "policy" in network:
-            environment: Any = self.splits().train
-            return _policy(environment.env, network)
-        if "linear" in network:
-            network = {"out_size": self.way or 1, **network}
-            network["in_size"] = network.pop("linear")
-            return _call(models.Linear, network, "the network")
-        if "conv4" in network:
-            preset = models.CONV4[network.pop("conv4")]
-            if self.tasks == "folder":
-                side = self.task.get("image_size", 84)
-                preset = {**preset, "image": (side, side, self.task.get("channels", 3))}
-            network = {**preset, **network, "out": self.way or 1}
-            network["image"] = tuple(network.get("image", (28, 28, 1)))
-            return _call(models.Conv4, network, "the network")
-        size = INPUTS.get(self.tasks, 1)
-        network = {"in_size": size, **network, "out_size": self.way or 1}
-        network["hidden"] = network.pop("mlp")
-        if "activation" in network:
-            network["activation"] = ACTIVATIONS[network["activation"]]
-        net = _call(models.MLP, network, "the network")
+        defaults = schema.taken(table.load(self.family.make))
+        size, channels = (
+            self.task.get(name, defaults.get(name, (int, usual))[1])
+            for name, usual in (("image_size", 28), ("channels", self.family.channels))
+        )
+        net = parts.make_network(
+            self.network,
+            key=jax.random.key(self.seed),
+            out=self.way or 1,
+            in_size=self.family.inputs,
+            image=(size, size, channels),
+            env=lambda: self.splits().train.env,  # type: ignore[attr-defined]
+        )
+        gaussian = self.learner.get("loss") == "gaussian" and "mlp" in self.network
         return Gaussian(net) if gaussian else net
+
+    @property
+    def settings(self) -> schema.Known:
+        """What the learner can be set to, with the defaults."""
+        return parts.known_of(self.row, self.family)
 
     @property
     def eval_steps(self) -> int:
         """Steps that the learner adapts for in a test; 0 for those that take none."""
-        if self.algorithm in ("ridge", "class-mean"):
-            return 0
-        if self.algorithm == "leo":
-            return sum(self.learner.get(name, 5) for name in ("inner_steps", "finetune_steps"))
-        usual = schema.taken(_factory(self)).get("inner_steps", (int, 1))[1]
-        steps = self.learner.get("inner_steps", 0 if self.algorithm == "pretrained" else usual)
         chosen = self.learner.get("eval_steps")
-        return steps if chosen is None else chosen
+        if chosen is not None:
+            return chosen
+        names = {"inner_steps", "finetune_steps"} & self.settings.keys()
+        return sum(self.learner.get(name, self.settings[name][1]) for name in names)
 
     @property
     def episodes(self) -> int:
         """Test episodes; of environments, goals."""
-        usual = 40 if self.tasks in ENVIRONMENTS else 600
+        usual = 40 if self.acts else 600
         return self.evaluation.get("goals") or self.evaluation.get("episodes", usual)
 
     @property
     def way(self) -> int | None:
-        """Classes of a task; `None` for regressions."""
-        if self.tasks in REGRESSIONS:
-            return None
-        return self.task.get("way", 2)
+        """Classes of a task; `None` where there are none."""
+        return self.task.get("way", 2) if self.family.kind == "classification" else None
 
     @property
     def transductive(self) -> bool:
@@ -208,60 +213,24 @@ class Experiment:
         return self.evaluation.get("transductive", True)
 
     def build_learner(self) -> MetaLearner:
-        """The learner.
+        """Return the learner.
 
         Raises:
             ValueError: if the algorithm does not know an argument.
         """
-        arguments = dict(self.learner)
-        kind = arguments.pop("loss", _usual_loss(self))
-        how = {name: arguments.pop(name) for name in ("reduction", "noise") if name in arguments}
-        loss = functools.partial(LOSSES[kind], **how) if how else LOSSES[kind]
-        if kind == "gaussian" and self.algorithm == "bmaml":
-            # The posterior of the paper; the chaser loss leaves the precisions out.
-            arguments["prior"] = gamma_prior
-            if arguments.get("objective", "chaser") == "chaser":
-                arguments["chase"] = tree.under("model")
-        if "inner_adam" in arguments:
-            arguments["inner_optimizer"] = inner.adam(arguments.pop("inner_adam"))
-        if arguments.pop("adapt_everything", False):
-            arguments["adapt_only"] = tree.every
-        for name in ("adapt_only", "train_only"):
-            if isinstance(arguments.get(name), str):
-                arguments[name] = tree.under(arguments[name])
-        make, shared = _factory(self), {}
-        if self.algorithm != "anil":
-            shared = {n: arguments.pop(n) for n in ("head", "head_path") if n in arguments}
-        if make is rl.BayesianMAML:
-            arguments["kernel"] = rl.KERNELS[arguments.get("kernel", "code")]
-        if self.algorithm == "class-mean":
-            arguments = {"way": self.way, **arguments}
-        made = _call(make, {"loss": loss, **arguments}, f"algorithm {self.algorithm}")
-        return made if shared.get("head", "free") == "free" else SharedHead(made, **shared)
+        return parts.make_learner(self.row, self.family, self.learner, self.way)
 
     def optimizer(self) -> optax.GradientTransformation | None:
-        """The outer optimizer; `None` for the learner's own."""
-        if not self.outer or "trpo" in self.outer or "ppo" in self.outer:
-            return None
-        clip = [optax.clip(self.outer["clip"])] if "clip" in self.outer else []
-        return optax.chain(*clip, optax.adam(self.outer.get("adam", 1e-3)))
+        """Return the outer optimizer; `None` for the learner's own."""
+        return parts.make_optimizer(self.outer)
 
     def outer_step(self) -> Outer | None:
-        """The outer step of its own kind, `adaptax.rl.TRPO`, `ParticleTRPO` or `PPO`; `None` for
-        an optimizer's.
+        """Return the outer step of its own kind, such as `adaptax.rl.TRPO`; else `None`.
 
         Raises:
             ValueError: if it does not know an argument.
         """
-        arguments = dict(self.outer)
-        if "ppo" in arguments:
-            rule = optax.adam(arguments.pop("ppo"))
-            return _call(rl.PPO, {"optimizer": rule, **arguments}, "PPO")
-        if "trpo" not in arguments:
-            return None
-        arguments["max_kl"], each = arguments.pop("trpo"), arguments.pop("each", False)
-        step = _call(rl.TRPO, arguments, "TRPO")
-        return rl.ParticleTRPO(step) if each else step
+        return parts.make_outer_step(self.outer)
 
     def train(
         self, splits: Splits, run: Run | None = None, *, init_from: Meta = None, **how: Any
@@ -303,7 +272,7 @@ class Experiment:
             ValueError: if the network does not take the inputs, or the test has other arguments.
         """
         self.judge(splits.test)
-        if self.tasks in ENVIRONMENTS:
+        if self.acts:
             return
         x = splits.test.sample(jax.random.key(0)).support.draw(None, jax.random.key(0)).x
         try:
@@ -316,7 +285,7 @@ class Experiment:
             ) from None
 
     def judge(self, tasks: TaskDistribution, *, ensemble: bool = False, **how: Any) -> Evaluator:
-        """What scores meta-parameters on these tasks; see `test`."""
+        """Return what scores meta-parameters on these tasks; see `test`."""
         twins = {"goals": "episodes", "episodes": "goals"}
         own = {n: v for n, v in self.evaluation.items() if how.get(twins.get(n, "")) is None}
         learner: Adapter = self.build_learner()
@@ -326,7 +295,7 @@ class Experiment:
     def test(
         self, meta: Meta, splits: Splits, *, split: str = "test", ensemble: bool = False, **how: Any
     ) -> Report:
-        """The report on a split; `how` overrides `evaluation`.
+        """Return the report on a split; `how` overrides `evaluation`.
 
         With `ensemble`, `meta` are the checkpoints that were kept.
         """
@@ -336,12 +305,12 @@ class Experiment:
         report = judge(meta, key=jax.random.key(2**31))
         trained_on = "train and val" if self.task.get("train_and_val") else "train"
         protocol = {
-            **report.protocol, "algorithm": TITLES[self.algorithm], "trained_on": trained_on
+            **report.protocol, "algorithm": self.title, "trained_on": trained_on
         }  # fmt: skip
         return dataclasses.replace(report, protocol=protocol)
 
     def tuned(self, meta: Meta, splits: Splits) -> Experiment:
-        """The experiment with the step size and the noise that do best on validation tasks."""
+        """Return the experiment with the step size and noise that do best on validation tasks."""
         experiment = self._tuned_rate(meta, splits) if self.tune else self
         return experiment._tuned_noise(meta, splits) if self.tune_noise else experiment
 
@@ -363,13 +332,15 @@ class Experiment:
         return dataclasses.replace(self, learner={**self.learner, "inner_lr": rate})
 
     def untrained(self) -> Meta:
-        """The meta-parameters that `train` starts from."""
+        """Return the meta-parameters that `train` starts from."""
         init_key = jax.random.split(jax.random.key(self.seed), 4)[2]
         return self.build_learner().init(self.model(), key=init_key)
 
     def restore(self, run: Run) -> tuple[Meta, int, Meta]:
-        """Of a run, the best meta-parameters by validation, else the last, their step, and all
-        that are kept, stacked, best first.
+        """Return what a run learned: the best meta-parameters by validation, else the last.
+
+        Returns:
+            These, their step, and all that are kept, stacked, best first.
 
         Raises:
             FileNotFoundError: if the run has no checkpoint.
@@ -386,8 +357,8 @@ class Experiment:
         return best, step, kept
 
 
-def sections(experiment: Any) -> dict[str, Any]:
-    """The fields of an experiment as what they are given to takes them.
+def _checked(experiment: Any) -> dict[str, Any]:
+    """Return the fields of an experiment as what they are given to takes them.
 
     Args:
         experiment: has the fields of `Experiment`, of any kind.
@@ -396,38 +367,32 @@ def sections(experiment: Any) -> dict[str, Any]:
         ValueError: naming the setting that nothing takes, or that is of another kind.
     """
     e = experiment
-    for kind, value, names in (
-        ("algorithm", e.algorithm, ALGORITHMS),
-        ("task family", e.tasks, TASKS),
-    ):
-        if not isinstance(value, str) or value not in names:
-            raise ValueError(f"{value!r:.80} is no {kind}; {schema.one_of(str(value), names)}")
-    demand(e.algorithm, e.tasks)
-    acting = e.tasks in ENVIRONMENTS
-    family = schema.taken(TASKS[e.tasks])
+    learner, family = table.learner(e.algorithm), table.family(e.tasks)
+    table.check_supported(e.algorithm, e.tasks)
+    known = schema.taken(table.load(family.make))
+    others = PREDICTING if family.kind == "environment" else ACTING
+    judge = schema.taken(Evaluator, ("learner", "tasks", "watch", *others))
     found: dict[str, Any] = {
-        "algorithm": e.algorithm,
-        "tasks": e.tasks,
         "init_from": e.init_from,
-        "task": schema.checked("task", e.task, family, signed=family),
-        "test_task": schema.checked("test_task", e.test_task, family, signed=family),
-        "network": _network(e.network, acting),
-        "learner": schema.checked("learner", e.learner, _learner(e)),
-        "outer": _outer(e.outer, acting),
-        "evaluation": schema.checked(
-            "evaluation", e.evaluation,
-            schema.taken(
-                Evaluator, ("learner", "tasks", "watch", *(PREDICTING if acting else ACTING))
-            ),
-        ),
-    }  # fmt: skip
+        "task": schema.checked("task", e.task, known, signed=known),
+        "test_task": schema.checked("test_task", e.test_task, known, signed=known),
+        "network": parts.checked_network(family, e.network),
+        "learner": parts.checked_learner(learner, family, e.learner),
+        "outer": parts.checked_outer(family, e.outer),
+        "evaluation": schema.checked("evaluation", e.evaluation, judge),
+    }
+    if parts.optimizers().keys() & found["outer"] and "outer_lr" in found["learner"]:
+        raise ValueError(
+            f"learner.outer_lr is the rate of {learner.title}'s own outer optimizer, and outer "
+            "names another one; leave out one of them"
+        )
     for name in ("steps", "meta_batch", "keep"):
         found[name] = schema.fitting(name, getattr(e, name), int, least=1)
     found["seed"] = schema.fitting("seed", e.seed, int, least=-(2**31), most=2**32 - 1)
     for name in ("tune", "tune_noise"):
         found[name] = schema.fitting(name, getattr(e, name), Sequence[float])
     for name in ("way", "shot"):
-        if "way" in family and name not in found["task"]:
+        if "way" in known and name in known and name not in found["task"]:
             raise ValueError(f"task.{name} is missing, a whole number")
     start: Any = e.init_from
     for _ in range(8):
@@ -443,123 +408,55 @@ def sections(experiment: Any) -> dict[str, Any]:
     return found
 
 
-NETWORKS: dict[str, tuple[Any, tuple[Callable[..., Model], ...], tuple[str, ...]]] = {
-    "mlp": (Sequence[int], (models.MLP,), ("out_size", "hidden")),
-    "conv4": (Literal[tuple(models.CONV4)], (models.Conv4,), ("out",)),
-    "linear": (int, (models.Linear,), ("in_size", "out_size")),
-    "policy": (
-        Sequence[int],
-        (rl.CategoricalMLP, rl.GaussianMLP),
-        ("observation_size", "action_size", "hidden"),
-    ),
-}
-"""Kinds of networks: what the setting of their name is, what takes the others, and what of its
-arguments the tasks determine."""
+def changed(
+    experiment: Experiment, changes: Mapping[str, Any], without: Sequence[str] = ()
+) -> Experiment:
+    """Return the experiment with other values; what is `None` stays, sections are merged.
 
-
-def _network(values: Any, acting: bool) -> dict[str, Any]:
-    kinds = NETWORKS.keys() & (values if isinstance(values, Mapping) else ())
-    if len(kinds) != 1 or ("policy" in kinds) != acting:
-        wanted = "policy" if acting else "one of mlp, conv4 and linear"
-        raise ValueError(f"network should name {wanted}, and names {', '.join(kinds) or 'none'}")
-    (kind,) = kinds
-    own, makers, without = NETWORKS[kind]
-    known: dict[str, Any] = {kind: (own, None)}
-    for make in makers:
-        known |= schema.taken(make, without)
-    if kind in ("mlp", "policy"):
-        known["activation"] = (Literal[tuple(ACTIVATIONS)], None)
-    found = schema.checked("network", values, known)
-    for name, value in found.items():
-        sizes = value if isinstance(value, list | tuple) else [value]
-        if name != "context" and any(type(one) is int and one < 1 for one in sizes):
-            raise ValueError(f"network.{name} is {value}; expected 1 or more")
-    return found
-
-
-def _learner(experiment: Any) -> schema.Known:
-    e = experiment
-    make = _factory(e)
-    known = dict(schema.taken(make, ("loss",)))
-    arguments = inspect.signature(make).parameters
-    forwarding = any(p.kind is p.VAR_KEYWORD for p in arguments.values())
-    if "inner_optimizer" in arguments or forwarding:
-        known["inner_adam"] = (float, None)
-    if "adapt_only" in arguments or forwarding:
-        known |= {"adapt_only": (str, None), "adapt_everything": (bool, None)}
-    if "train_only" in arguments or forwarding:
-        known["train_only"] = (str, None)
-    if make is rl.BayesianMAML:
-        known["kernel"] = (Literal[tuple(rl.KERNELS)], None)
-    if "adapt_only" in known and "head" not in known:
-        known |= {"head": (Literal["free", "tied", "zero"], "free"), "head_path": (str, "head")}
-    # What these set themselves.
-    known.pop({"pretrained": "inner_steps", "fomaml": "first_order"}.get(e.algorithm, ""), None)
-    known["loss"] = (Literal[tuple(LOSSES)], None)
-    kind = e.learner.get("loss") if isinstance(e.learner, Mapping) else None
-    loss = LOSSES.get(kind) if isinstance(kind, str) else LOSSES[_usual_loss(e)]
-    if loss is not None:
-        of_loss = schema.taken(loss)
-        known |= {name: of_loss[name] for name in ("reduction", "noise") if name in of_loss}
-    return known
-
-
-def _outer(values: Any, acting: bool) -> dict[str, Any]:
-    known: dict[str, Any] = {"adam": (float, None), "clip": (float, None)}
-    rules = RULES & (values if isinstance(values, Mapping) else {}).keys()
-    if len(rules) > 1:
-        raise ValueError(f"outer names {' and '.join(sorted(rules))}; one of them is the rule")
-    if rules and "adam" not in rules and not acting:
-        raise ValueError(f"outer.{min(rules)} is for environments; expected adam")
-    if "trpo" in rules:
-        known = {"trpo": (float, None), "each": (bool, None), **schema.taken(rl.TRPO, ("max_kl",))}
-    if "ppo" in rules:
-        known = {"ppo": (float, None), **schema.taken(rl.PPO)}
-    if not rules and acting:
-        known |= {"trpo": (float, None), "ppo": (float, None)}
-    return schema.checked("outer", values, known)
-
-
-RULES = frozenset({"adam", "trpo", "ppo"})
-"""Names of the outer rules that exclude each other."""
-
-
-def changed(experiment: Experiment, changes: Mapping[str, Any]) -> Experiment:
-    """The experiment with other values; what is `None` stays, sections are merged.
-
-    An outer rule, or a network, in the place of another takes the place of its arguments, too.
+    An outer rule, an inner rule or a network in the place of another takes the place of its
+    arguments, too.
 
     Args:
         experiment: to start from.
         changes: values by the names of its fields; a mapping replaces single settings.
+        without: settings to leave out first, `"section.name"`, or all of a `"section"`.
     """
     new: dict[str, Any] = {}
+    for section, _, name in (place.partition(".") for place in without):
+        old = new.get(section, getattr(experiment, section))
+        new[section] = {n: v for n, v in old.items() if name and n != name}
+    if parts.rules() & (changes.get("outer") or {}).keys():
+        learner = new.get("learner", experiment.learner)
+        new["learner"] = {n: v for n, v in learner.items() if n != "outer_lr"}
     for name, value in changes.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and name != "init_from":
             given = {n: v for n, v in value.items() if v is not None}
-            old = getattr(experiment, name)
-            kinds = {"outer": RULES, "network": NETWORKS.keys()}.get(name, set())
-            if kinds & given.keys() and kinds & (old.keys() - given.keys()):
-                old = {}
-            value = {**old, **given}
+            old = new.get(name, getattr(experiment, name, {}))
+            value = {**_kept(name, old, given), **given}
         if value is not None:
             new[name] = value
-    return dataclasses.replace(experiment, **new)
+    try:
+        return dataclasses.replace(experiment, **new)
+    except TypeError:
+        names = [field.name for field in dataclasses.fields(experiment)]
+        (wrong, *_) = [name for name in new if name not in names] or [""]
+        raise ValueError(
+            f"{wrong!r:.80} is nothing of an experiment; {schema.one_of(wrong, names)}"
+        ) from None
 
 
-def _usual_loss(experiment: Any) -> str:
-    """The name of the loss where none is given."""
-    usual = "mse" if experiment.tasks in REGRESSIONS else "cross_entropy"
-    return "log_prob" if experiment.tasks in ENVIRONMENTS else usual
-
-
-def _factory(experiment: Any) -> Callable[..., MetaLearner]:
-    """What makes the learner."""
-    if experiment.algorithm == "bmaml" and experiment.tasks in ENVIRONMENTS:
-        return rl.BayesianMAML
-    if experiment.algorithm == "leo" and experiment.tasks in REGRESSIONS:
-        return LEORegression
-    return ALGORITHMS[experiment.algorithm]
+def _kept(section: str, old: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what stays of a section when settings are given."""
+    kinds = {"outer": parts.rules(), "network": {*parts.NETWORKS}, "learner": {*parts.INNER}}
+    rivals = kinds.get(section, set())
+    if not (rivals & given.keys() and rivals & (old.keys() - given.keys())):
+        return old
+    if section == "learner":
+        return {name: value for name, value in old.items() if name not in rivals}
+    optimizers = parts.optimizers().keys()
+    if section == "outer" and optimizers & old.keys() and optimizers & given.keys():
+        return {name: value for name, value in old.items() if name == "clip"}
+    return {}
 
 
 class _AtRate(Adapter):
@@ -571,24 +468,3 @@ class _AtRate(Adapter):
     def iterates(self, meta: Meta, support: Source, **how: Any) -> Model:
         model, rate = meta
         return dataclasses.replace(self.learner, inner_lr=rate).iterates(model, support, **how)
-
-
-def _policy(env: rl.Environment, network: dict[str, Any]) -> Model:
-    """A policy for an environment."""
-    kind = rl.CategoricalMLP if env.discrete else rl.GaussianMLP
-    sizes = {"observation_size": env.observation_size, "action_size": env.action_size}
-    network = {**sizes, **network, "hidden": network["policy"]}
-    network.pop("policy")
-    if "activation" in network:
-        network["activation"] = ACTIVATIONS[network["activation"]]
-    return _call(kind, network, "the policy")
-
-
-def _call(function: Callable[..., Any], arguments: Mapping[str, Any], what: str) -> Any:
-    """`function(**arguments)`, its complaint about their names in words."""
-    try:
-        return function(**arguments)
-    except TypeError as error:
-        if "argument" not in str(error):
-            raise
-        raise ValueError(f"{what}: {error}") from error

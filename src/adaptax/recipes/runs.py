@@ -9,7 +9,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -25,10 +25,8 @@ from ..engine.train import fit as ax_fit
 from ..learner import Meta, MetaLearner
 from ..process import Interrupted
 from ..task import Batch, Model, Source, Splits
-from . import schema
-from .experiment import Experiment, changed
-from .names import ENVIRONMENTS, TITLES
-from .reinforcement import BODIES
+from . import schema, table
+from .experiment import Experiment
 
 INIT = "init"
 """Folder, in that of a run, of the run that it starts from."""
@@ -172,6 +170,64 @@ def free_folder(name: str) -> Path:
     return path
 
 
+def moved(
+    config: dict[str, Any],
+    *,
+    path: str | os.PathLike[str] | None = None,
+    data_root: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Return the configuration of a run whose data lie elsewhere now.
+
+    Args:
+        config: content of config.json.
+        path: where the images or embeddings are, if not where they were in training.
+        data_root: folder of the data sets, likewise.
+
+    Raises:
+        ValueError: if the tasks are read from no path.
+    """
+    config = dict(config)
+    if data_root is not None:
+        config["data_root"] = os.path.realpath(Path(data_root).expanduser())
+    if path is not None:
+        where = os.path.realpath(Path(path).expanduser())
+        for name in ("experiment", "tuned"):
+            if name in config:
+                config[name] = _with_path(config[name], where)
+    return config
+
+
+def _with_path(experiment: dict[str, Any], where: str | None) -> dict[str, Any]:
+    """Return the description of an experiment, and of its start, with its data at this path."""
+    task, start = experiment["task"], experiment.get("init_from", {})
+    if where is not None and "path" not in task:
+        raise ValueError(
+            f"the run is of {experiment['tasks']}, which is read from no --path; leave it out, and "
+            "use --data-root for data sets"
+        )
+    task = {**task, "path": where} if "path" in task else task
+    return {**experiment, "task": task, "init_from": _with_path(start, where) if start else {}}
+
+
+def extended(config: dict[str, Any], path: Path, steps: int) -> dict[str, Any]:
+    """Return the configuration of a run that is to go on for more steps, in all.
+
+    What was tuned after its training is tuned again.
+
+    Raises:
+        ValueError: if these are fewer than it was to have.
+    """
+    before = config["experiment"]["steps"]
+    if steps < before:
+        raise ValueError(
+            f"the run in {path} is of {before:,} meta-steps; --steps {steps} would be fewer, and "
+            "more extend it"
+        )
+    rest = {name: value for name, value in config.items() if name != "tuned"}
+    experiment = {**config["experiment"], "steps": steps}
+    return {**rest, "experiment": experiment, "extended_from": before}
+
+
 def fit_or_resume(
     experiment: Experiment,
     path: str | os.PathLike[str],
@@ -229,7 +285,7 @@ def fit(
     splits = experiment.splits(config["data_root"])
     test = experiment.splits(config["data_root"], test=True) if experiment.test_task else splits
     experiment.check(test)
-    title = f"{TITLES[experiment.algorithm]} on {experiment.tasks}"
+    title = f"{experiment.title} on {experiment.tasks}"
     stop = f"interrupted, and saved in {path}; go on with: {resume_command}"
     with nothing_half_written(run), run:
         config = _held(run, config)
@@ -240,8 +296,8 @@ def fit(
             if run.checkpoint_file.exists():
                 watch.start(max((record["step"] for record in run.metrics()), default=0))
             how = {"validation": validation or _validation(experiment), **config["training"]}
-            if experiment.tasks in ENVIRONMENTS:
-                times = 10 if experiment.tasks in BODIES else 20
+            if experiment.acts:
+                times = 10 if experiment.family.has("bodies") else 20
                 how.setdefault("validate_every", max(experiment.steps // times, 1))
             result = experiment.train(
                 splits, run, init_from=start, validate=splits.val, watch=watch, resume="auto", **how
@@ -285,13 +341,27 @@ def _held(run: Run, config: dict[str, Any]) -> dict[str, Any]:
             "folder"
         )
     before = run.config()
-    was, now = (fingerprint(experiment=c.get("experiment")) for c in (before, config))
+    was, now = (fingerprint(experiment=_placeless(c.get("experiment"))) for c in (before, config))
+    if "extended_from" in config:
+        was.pop("experiment['steps']", None)
+        now.pop("experiment['steps']", None)
     if changes := differences(was, now):
         raise ValueError(
             f"{run.path} already holds a run, with other settings ({changes}); choose another "
             "folder with --run or --out"
         )
-    return {**before, **{name: config[name] for name in ("data_root", "training")}}
+    new = ("data_root", "training", "experiment", "tuned", "extended_from")
+    if config["experiment"]["steps"] != before["experiment"]["steps"]:
+        before.pop("tuned", None)
+    return {**before, **{name: config[name] for name in new if name in config}}
+
+
+def _placeless(experiment: Any) -> Any:
+    """Return an experiment without where its data lie: their content is compared elsewhere."""
+    if not isinstance(experiment, dict) or not isinstance(experiment.get("task"), dict):
+        return experiment
+    task = {name: value for name, value in experiment["task"].items() if name != "path"}
+    return {**experiment, "task": task, "init_from": _placeless(experiment.get("init_from"))}
 
 
 def _start(
@@ -341,9 +411,9 @@ def _copy_start(start: Path, copy: Path) -> None:
 
 def _validation(experiment: Experiment) -> dict[str, Any]:
     """How to validate: as in the test, but fewer episodes, and of episodes the last step alone."""
-    if experiment.tasks in ENVIRONMENTS:
+    if experiment.acts:
         how = dict(experiment.evaluation)
-        most = 8 if experiment.tasks in BODIES else 40
+        most = 8 if experiment.family.has("bodies") else 40
         how.pop("episodes", None)
         return {**how, "goals": min(experiment.episodes, most)}
     kept = ("noise", "select")
@@ -457,6 +527,7 @@ def load_run(
     *,
     path: str | os.PathLike[str] | None = None,
     data_root: str | os.PathLike[str] | None = None,
+    trust: Sequence[str] = (),
 ) -> LoadedRun:
     """Load the run in a folder that `adaptax train` wrote.
 
@@ -468,18 +539,18 @@ def load_run(
         run: the run folder.
         path: where the images or embeddings are, if not where they were in training.
         data_root: folder of the data sets, if not the one that the run was trained from.
+        trust: modules of your own that the run names and may import.
 
     Raises:
         FileNotFoundError: if there is no run.
         ValueError: if its files are broken or do not belong together.
     """
+    table.trust(*trust)
     folder = Run(run)
     config = folder.config()
+    experiment_in(config, folder.path)  # which complains, by the name of the file
+    config = moved(config, path=path, data_root=data_root)
     experiment = experiment_in(config, folder.path)
-    if path is not None:
-        experiment = changed(experiment, {"task": {"path": os.path.realpath(path)}})
-    if data_root is not None:
-        config = {**config, "data_root": os.fspath(data_root)}
     meta, step, kept = experiment.restore(folder)
     return LoadedRun(folder.path, {"data_root": None, **config}, experiment, meta, kept, step)
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import math
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, Union
 
 from .. import rl
 from ..task import Splits
 from ..text import LARGEST, MOST
+from .table import one_of
 
 Known = Mapping[str, tuple[Any, Any]]
 """The type and the default value of every setting that something takes."""
@@ -83,6 +83,8 @@ def fitting(
     Raises:
         ValueError: saying what was expected.
     """
+    if kind is Any:  # which is checked elsewhere
+        return value
     how: dict[str, Any] = {"signed": signed, "least": least, "most": most}
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
@@ -126,14 +128,6 @@ def fitting(
             f"{'' if signed else ', 0 or more'}, and finite"
         )
     raise ValueError(f"{where} is {_short(value)}; expected {_words(kind)}")
-
-
-def one_of(word: str, known: Iterable[Any]) -> str:
-    """Which names there are, and the nearest to one that is none of them."""
-    names = [str(name) for name in known]
-    near = difflib.get_close_matches(word[:100], names, 1, 0.5)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return (f"there are {', '.join(names)}" if names else "there are none") + hint
 
 
 def _kinds(function: Callable[..., Any]) -> dict[str, Any]:

@@ -10,28 +10,23 @@ from typing import Any
 
 from ..tasks.embeddings import width
 from ..text import shown
+from . import table
 from .experiment import Experiment, changed
-from .names import ALGORITHMS
-
-PATHS = {
-    "folder": "a folder of images, a class a directory",
-    "embeddings": "a file that `adaptax embed` wrote",
-}
-"""Families that want a path, and what is there."""
 
 SECTIONS = ("task", "network", "learner", "outer", "evaluation", "test_task")
 
 
 def known_algorithms(names: Iterable[str]) -> list[str]:
-    """Return the algorithms of these names, each once.
+    """Return the learners of these names, each once; those of the user's own are trusted.
 
     Raises:
         ValueError: if one is none.
     """
-    for name in names:
-        if name not in ALGORITHMS:
-            raise ValueError(f"{name!r} is no algorithm; there are {', '.join(ALGORITHMS)}")
-    return list(dict.fromkeys(names))
+    found = list(dict.fromkeys(names))
+    table.trust(*table.own(*found))
+    for name in found:
+        table.learner(name)
+    return found
 
 
 def with_path(experiment: Experiment, path: str | None) -> Experiment:
@@ -41,19 +36,22 @@ def with_path(experiment: Experiment, path: str | None) -> Experiment:
         FileNotFoundError: if there are no embeddings.
         ValueError: if the task family wants a path and has none, or the other way round.
     """
-    if experiment.tasks not in PATHS:
+    family = experiment.family
+    if not family.path and not (family.has("own") and family.takes("path")):
         if path is not None:
+            those = " and ".join(name for name, one in table.FAMILIES.items() if one.path)
             raise ValueError(
-                f"--path is for the task families {' and '.join(PATHS)}, not for "
-                f"{experiment.tasks}; use --data-root for data sets"
+                f"--path is for the task families {those}, not for {experiment.tasks}; use "
+                "--data-root for data sets"
             )
         return experiment
     if path is None:
-        raise ValueError(f"the task family {experiment.tasks} wants --path, "
-                         f"{PATHS[experiment.tasks]}")  # fmt: skip
+        if family.has("own"):
+            return experiment
+        raise ValueError(f"the task family {experiment.tasks} wants --path, {family.path}")
     where = Path(os.path.realpath(Path(path).expanduser()))
     changes: dict[str, Any] = {"task": {"path": str(where)}}
-    if experiment.tasks == "embeddings":
+    if "linear" in experiment.network:
         changes["network"] = {"linear": width(where)}
     return changed(experiment, changes)
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from .. import report
-from ..recipes import ENVIRONMENTS, TITLES
+from ..recipes import ENVIRONMENTS
 from ..recipes.runs import load_run
 from ..recipes.settings import with_settings
 from ..report.tables import Cell, Score, Sheet
@@ -77,7 +77,7 @@ def analyze_active(
             test_task={**experiment.test_task, "train_shot": None, **asked},
         )
         splits = pooled.splits(run.config["data_root"], test=True)
-        name = TITLES[experiment.algorithm]
+        name = experiment.row.title
         name = name if name not in curves else f"{name} ({shown(folder)})"
         noise = experiment.evaluation.get("noise", 1.0)
         with lab.progress.scoring(f"{name}, active", episodes) as watch:

@@ -16,13 +16,13 @@ from matplotlib.figure import Figure
 from .. import metrics, report
 from ..engine.run import Run
 from ..recipes import (
-    COMPARED_ON,
+    COMPARED,
     CURVES,
     REGRESSIONS,
     TITLES,
     Experiment,
     changed,
-    compared,
+    comparable,
     with_noise,
 )
 from ..recipes.runs import Trained
@@ -54,7 +54,7 @@ COLUMNS: dict[str, str] = {
 def compare_uncertainty(
     lab: Lab, family: str, algorithms: Sequence[str], changes: Mapping[str, Any]
 ) -> Study:
-    """Compare learners on a family in `adaptax.recipes.CELLS`; see `compare`.
+    """Compare learners on a family in `adaptax.recipes.AMBIGUOUS`; see `compare`.
 
     Args:
         lab: where to train.
@@ -63,8 +63,8 @@ def compare_uncertainty(
         changes: of their experiments.
     """
     experiments = {}
-    for name in known_algorithms(algorithms or COMPARED_ON[family]):
-        experiment = changed(compared(name, family), changes)
+    for name in known_algorithms(algorithms or COMPARED[family]):
+        experiment = changed(comparable(name, family), changes)
         if experiment.init_from:
             first = changed(Experiment.from_json(experiment.init_from), changes)
             experiment = dataclasses.replace(experiment, init_from=first.to_json())
@@ -75,8 +75,10 @@ def compare_uncertainty(
         maml = lab.folder / "maml"
         copied = experiment.init_from and Run(maml).checkpoint_file.exists()
         every = max(experiment.steps // 10, 1)
-        trained = lab.fit(experiment, name, start=maml if copied else None, validate_every=every)
-        rows.append(_row(lab, TITLES[name], trained))
+        trained = lab.fit(
+            experiment, name.replace(":", "."), start=maml if copied else None, validate_every=every
+        )
+        rows.append(_row(lab, experiment.row.title, trained))
         if name == "maml" and family in NOISED:
             noisy, meta = with_noise(trained.experiment, trained.meta, trained.test)
             rows.append(_row(lab, NOISY, dataclasses.replace(trained, experiment=noisy, meta=meta)))

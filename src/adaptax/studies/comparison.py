@@ -10,15 +10,14 @@ import jax
 
 from .. import report
 from ..recipes import (
-    CELLS,
-    COMPARED,
+    AMBIGUOUS,
     ENVIRONMENTS,
     PAPER_CURVES,
     RECIPES,
-    TITLES,
     Experiment,
     changed,
     comparable,
+    default_learners,
 )
 from ..recipes.runs import Trained
 from ..recipes.settings import known_algorithms, with_path
@@ -78,7 +77,7 @@ def compare(
     lab = Lab.at(f"compare-{tasks}", **where)
     changes: dict[str, Any] = {"steps": steps, "evaluation": {"episodes": episodes}}
     acts = family in ENVIRONMENTS
-    if acts or family in CELLS:
+    if acts or family in AMBIGUOUS:
         if any(value is not None for value in (way, path, shot if acts else None)) or seeds != 1:
             options = "--way, --shot, --path or --seeds" if acts else "--way, --seeds or --path"
             raise ValueError(f"{tasks} has no {options}; leave them out")
@@ -91,7 +90,7 @@ def compare(
         raise ValueError("sinusoids are compared as in MAML's paper; leave out --way and --shot")
     usual = {"steps": STEPS.get(tasks, SHORT), "evaluation": {"episodes": EPISODES.get(tasks, 600)}}
     experiments = {}
-    for name in known_algorithms(algorithms or COMPARED["sinusoid" if sinusoid else "images"]):
+    for name in known_algorithms(algorithms or default_learners(tasks)):
         experiment = comparable(name, tasks, way or 5, 1 if shot is None else shot)
         experiments[name] = changed(changed(with_path(experiment, path), usual), changes)
     lab.check(experiments)
@@ -102,22 +101,22 @@ def compare(
 def _row(lab: Lab, name: str, experiment: Experiment, seeds: int) -> Row:
     trained, reports = [], []
     for seed in range(seeds):
-        folder = name if seeds == 1 else f"{name}-seed{seed}"
+        folder = name.replace(":", ".") if seeds == 1 else f"{name.replace(':', '.')}-seed{seed}"
         every = None if experiment.tasks == "sinusoid" else max(experiment.steps // 4, 1)
         one = lab.fit(dataclasses.replace(experiment, seed=seed), folder, validate_every=every)
         trained.append(one)
         reports.append(_report(lab, one))
-    return Row(TITLES[name], reports, trained=trained)
+    return Row(experiment.row.title, reports, trained=trained)
 
 
 def _report(lab: Lab, trained: Trained) -> Any:
     """Score after every number of steps that is drawn, and after those of its own protocol."""
     experiment = trained.experiment
     own = experiment.eval_steps
-    fixed = experiment.algorithm in ("meta-sgd", "leo") or own == 0
+    fixed = "eval_steps" not in experiment.settings or own == 0
     most = own if fixed else max(own, max(SHOWN))
     at = sorted({step for step in (*DRAWN, own) if step <= most})
-    title = TITLES[experiment.algorithm]
+    title = experiment.row.title
     return lab.test(experiment, trained.meta, trained.test, title, steps=most, at=at)
 
 

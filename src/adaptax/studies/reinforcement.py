@@ -10,7 +10,7 @@ import jax
 from matplotlib.figure import Figure
 
 from .. import report
-from ..recipes import BODIES, COMPARED_IN, RETURNS, TITLES, changed, oracle, shortened
+from ..recipes import BODIES, COMPARED, RETURNS, TITLES, changed, comparable, oracle
 from ..recipes.runs import Trained
 from ..recipes.settings import known_algorithms
 from ..report.frames import frames
@@ -33,15 +33,15 @@ def compare_returns(
         algorithms: names; those that the papers compare if empty.
         changes: of their experiments.
     """
-    names = known_algorithms(algorithms or COMPARED_IN[family])
-    experiments = {name: changed(shortened(name, family), changes) for name in names}
+    names = known_algorithms(algorithms or COMPARED[family])
+    experiments = {name: changed(comparable(name, family), changes) for name in names}
     if family == "navigation":
         experiments[ORACLE] = oracle(next(iter(experiments.values())))
     # All of them first, so that a run that cannot be resumed is told before any test.
     trained = {name: lab.fit(one, name.lower()) for name, one in experiments.items()}
     rows = []
     for name, one in trained.items():
-        title, last = TITLES.get(name, name), name == "pretrained"
+        title, last = TITLES.get(name, name), one.experiment.row.joint and name != ORACLE
         meta, step = (one.last, one.experiment.steps) if last else (one.meta, one.step)
         rows.append(_row(lab, title, one, meta, step))
         if last:
