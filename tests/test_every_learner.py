@@ -155,7 +155,7 @@ def test_a_first_order_fake_is_found():
 
 def test_what_is_stopped_on_purpose_is_said_by_a_reference():
     """As docs/own-algorithm.md has it."""
-    fomaml, reptile = ax.FOMAML(mse, 0.1, 2), ax.Reptile(mse, 0.1, 2)
+    fomaml, reptile = ax.FOMAML(mse, 0.1, 1), ax.Reptile(mse, 0.1, 2)
 
     def held(meta, task, *, at, key, progress):
         adapt_key, query_key = jax.random.split(key)

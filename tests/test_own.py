@@ -30,7 +30,7 @@ class Mine(ax.MetaLearner):
     inner_lr: float = 0.1
 
     def adapt(self, meta, support, *, key):
-        return ax.inner.descend(self.loss, meta, support, lr=self.inner_lr, steps=1, key=key).model
+        return ax.inner.descend(self.loss, meta, support, lr=self.inner_lr, steps=1, key=key)
 
     def meta_loss(self, meta, task, *, key, progress):
         model = self.adapt(meta, task.support, key=key)

@@ -249,7 +249,7 @@ def comparable(
     short, more = entry.get("short", {}), dict(entry.get(algorithm, {}))
     maml = _maml(tasks, way, shot)
     base, own = _applied(maml, short), _cell(algorithm, tasks, way, shot)
-    if more.get("init_from") == "maml":
+    if isinstance(more.get("init_from"), str):
         more["init_from"] = base.to_json()
     if own is not None and row.own_protocol and family.has("images"):
         kept = {n: v for n, v in own.task.items() if n in ("train_shot", "train_query")}
@@ -338,6 +338,7 @@ def _adapted(algorithm: str, maml: Experiment, *more: Entry) -> Experiment:
     )
     known = {*parts.known_of(row, family), "loss", "noise", "reduction"}
     without = [f"learner.{name}" for name in maml.learner if name not in known]
+    without += ["evaluation.at"] if "eval_steps" not in known else []  # of more steps
     without += ["outer"] if ":" in algorithm and _has_optimizer(row.maker(family)) else []
     extra = of.get("unpublished", {}) if family.has("unpublished") else {}
     own = {"algorithm": algorithm, "without": without}

@@ -435,14 +435,10 @@ def changed(
             value = {**_kept(name, old, given), **given}
         if value is not None:
             new[name] = value
-    try:
-        return dataclasses.replace(experiment, **new)
-    except TypeError:
-        names = [field.name for field in dataclasses.fields(experiment)]
-        (wrong, *_) = [name for name in new if name not in names] or [""]
-        raise ValueError(
-            f"{wrong!r:.80} is nothing of an experiment; {schema.one_of(wrong, names)}"
-        ) from None
+    names = [field.name for field in dataclasses.fields(experiment)]
+    if wrong := [name for name in new if name not in names]:
+        raise ValueError(f"{wrong[0]!r:.80} is not a setting; {schema.one_of(wrong[0], names)}")
+    return dataclasses.replace(experiment, **new)
 
 
 def _kept(section: str, old: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:

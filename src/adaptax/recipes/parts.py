@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -260,8 +261,8 @@ def optimizers() -> dict[str, Callable[..., optax.GradientTransformation]]:
     for name, make in vars(optax).items():
         rule = inspect.isfunction(make) or isinstance(make, functools.partial)
         if rule and not name.startswith(("_", "scale_by", "lbfgs")):
-            first = next(iter(inspect.signature(make).parameters), "")
-            if first == "learning_rate":
+            taken = [*inspect.signature(make).parameters]
+            if taken[:1] == ["learning_rate"] and "key" not in taken:
                 found[name] = make
     return dict(sorted(found.items()))
 
@@ -299,8 +300,17 @@ def checked_outer(family: Family, values: Any) -> dict[str, Any]:
 
 
 def _arguments_of(rule: str) -> Known:
-    """Return the further settings of a rule."""
-    return schema.taken(OUTER.get(rule) or optimizers()[rule], ("learning_rate", "max_kl"))
+    """Return the further settings of a rule; of optax's, those that are switches or numbers."""
+    if rule in OUTER:
+        return schema.taken(OUTER[rule], ("max_kl",))
+    known: dict[str, Any] = {}
+    for name, one in inspect.signature(optimizers()[rule]).parameters.items():
+        kinds = (one.annotation, *typing.get_args(one.annotation))
+        kind = bool if bool in (one.annotation, type(one.default)) else None
+        kind = kind or next((kind for kind in (float, int) if kind in kinds), None)
+        if kind is not None and name != "learning_rate":
+            known[name] = (kind if one.default is not None else kind | None, one.default)
+    return known
 
 
 def _checked_rule(where: str, values: Mapping[str, Any]) -> dict[str, Any]:

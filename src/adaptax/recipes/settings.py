@@ -17,7 +17,7 @@ SECTIONS = ("task", "network", "learner", "outer", "evaluation", "test_task")
 
 
 def known_algorithms(names: Iterable[str]) -> list[str]:
-    """Return the learners of these names, each once; those of the user's own are trusted.
+    """Return the algorithms of these names, each once.
 
     Raises:
         ValueError: if one is none.

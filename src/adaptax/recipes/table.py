@@ -75,6 +75,8 @@ class Learner:
         first_order: what is said to those who ask for first order, if it has no such argument.
         own_protocol: its papers' tasks are not those of MAML's papers.
         alone: its papers also report queries that are predicted one by one.
+        noised: comparisons show it with noise at its initialisation, too.
+        baseline: comparisons of R² say what others gain over it.
         untrained: there is no network that meta-training trains.
         joint: meta-training takes no inner step, so that validation after adaptation does not
             judge what it trains.
@@ -89,6 +91,8 @@ class Learner:
     first_order: str = ""
     own_protocol: bool = False
     alone: bool = False
+    noised: bool = False
+    baseline: bool = False
     untrained: bool = False
     joint: bool = False
 
@@ -148,7 +152,7 @@ FAMILIES: dict[str, Family] = {
 """All task families by name."""
 
 LEARNERS: dict[str, Learner] = {
-    "maml": Learner("MAML", "adaptax.algorithms.maml:MAML", _ALL),
+    "maml": Learner("MAML", "adaptax.algorithms.maml:MAML", _ALL, noised=True),
     "fomaml": Learner("FOMAML", "adaptax.algorithms.maml:FOMAML", _ALL, sets=("first_order",)),
     "anil": Learner("ANIL", "adaptax.algorithms.maml:ANIL"),
     "meta-sgd": Learner("Meta-SGD", "adaptax.algorithms.maml:MetaSGD", _ALL),
@@ -172,7 +176,7 @@ LEARNERS: dict[str, Learner] = {
         "BMAML",
         "adaptax.algorithms.bmaml:BayesianMAML",
         _ALL,
-        elsewhere=(("environment", "adaptax.rl:BayesianMAML"),),
+        elsewhere=(("environment", "adaptax.algorithms.svpg:BayesianMAML"),),
     ),
     "emaml": Learner("EMAML", "adaptax.algorithms.maml_ensemble:MAMLEnsemble"),
     "leo": Learner(
@@ -206,6 +210,7 @@ LEARNERS: dict[str, Learner] = {
         ("regression",),
         "ridge regression is for numbers ({regression}), not for classes, as {tasks} has them; "
         "compare with class-mean or pretrained instead",
+        baseline=True,
         untrained=True,
     ),
 }

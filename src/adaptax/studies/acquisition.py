@@ -77,7 +77,7 @@ def analyze_active(
             test_task={**experiment.test_task, "train_shot": None, **asked},
         )
         splits = pooled.splits(run.config["data_root"], test=True)
-        name = experiment.row.title
+        name = experiment.title
         name = name if name not in curves else f"{name} ({shown(folder)})"
         noise = experiment.evaluation.get("noise", 1.0)
         with lab.progress.scoring(f"{name}, active", episodes) as watch:

@@ -19,7 +19,6 @@ from ..recipes import (
     COMPARED,
     CURVES,
     REGRESSIONS,
-    TITLES,
     Experiment,
     changed,
     comparable,
@@ -75,11 +74,9 @@ def compare_uncertainty(
         maml = lab.folder / "maml"
         copied = experiment.init_from and Run(maml).checkpoint_file.exists()
         every = max(experiment.steps // 10, 1)
-        trained = lab.fit(
-            experiment, name.replace(":", "."), start=maml if copied else None, validate_every=every
-        )
-        rows.append(_row(lab, experiment.row.title, trained))
-        if name == "maml" and family in NOISED:
+        trained = lab.fit(experiment, name, start=maml if copied else None, validate_every=every)
+        rows.append(_row(lab, experiment.title, trained))
+        if experiment.row.noised and family in NOISED:
             noisy, meta = with_noise(trained.experiment, trained.meta, trained.test)
             rows.append(_row(lab, NOISY, dataclasses.replace(trained, experiment=noisy, meta=meta)))
     return _study(lab, family, rows)
@@ -112,7 +109,7 @@ def _study(lab: Lab, family: str, rows: Sequence[Row]) -> Study:
     first = rows[0]
     shape = first.report.protocol
     title = f"{family}, {shape['shot']}-shot, {shape['episodes']} test episodes"
-    ridge = next((r for r in rows if r.name == TITLES["ridge"] and "r2" in r.report.values), None)
+    ridge = next((r for r in rows if r.experiment.row.baseline and "r2" in r.report.values), None)
     columns: dict[str, Callable[[Row], Cell]] = {"learner": lambda row: row.name}
     for metric in filter(first.report.values.__contains__, COLUMNS):
         columns[COLUMNS[metric]] = functools.partial(_score, metric)

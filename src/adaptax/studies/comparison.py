@@ -10,14 +10,13 @@ import jax
 
 from .. import report
 from ..recipes import (
-    AMBIGUOUS,
-    ENVIRONMENTS,
     PAPER_CURVES,
     RECIPES,
     Experiment,
     changed,
     comparable,
     default_learners,
+    table,
 )
 from ..recipes.runs import Trained
 from ..recipes.settings import known_algorithms, with_path
@@ -25,11 +24,6 @@ from ..report.tables import Cell, Mean, Score
 from .ambiguity import compare_uncertainty
 from .reinforcement import compare_returns
 from .study import PICTURED, Lab, Row, Study, difference, sheet
-
-STEPS = {"sinusoid": 70_000, "glyphs": 300}
-EPISODES = {"sinusoid": 2_000, "glyphs": 150}
-SHORT = 2_000
-"""Meta-steps of families that are not in `STEPS`."""
 
 SHOWN = (0, 1, 5, 10)
 """Adaptation steps in the table, beside those of each learner's own protocol."""
@@ -57,8 +51,10 @@ def compare(
     environments returns by gradient step.
 
     Args:
-        tasks: a name in `adaptax.recipes.TASKS`, or `"ambiguous"`, which is `sinusoid_or_line`.
-        algorithms: names in `adaptax.recipes.ALGORITHMS`; those that the papers compare if empty.
+        tasks: a name in `adaptax.recipes.FAMILIES`, one's own, `my_module:my_tasks`, or
+            `"ambiguous"`, which is `sinusoid_or_line`.
+        algorithms: names in `adaptax.recipes.LEARNERS`, or one's own, `my_module:MyLearner`; those
+            that the papers compare if empty.
         way: classes an episode; 5 if `None`.
         shot: support examples a class; 1 if `None`.
         steps: meta-steps; short ones if `None`.
@@ -76,8 +72,10 @@ def compare(
     family = "sinusoid_or_line" if tasks == "ambiguous" else tasks
     lab = Lab.at(f"compare-{tasks}", **where)
     changes: dict[str, Any] = {"steps": steps, "evaluation": {"episodes": episodes}}
-    acts = family in ENVIRONMENTS
-    if acts or family in AMBIGUOUS:
+    table.trust(*table.own(family))
+    row = table.family(family)
+    acts = row.kind == "environment"
+    if acts or row.has("ambiguous"):
         if any(value is not None for value in (way, path, shot if acts else None)) or seeds != 1:
             options = "--way, --shot, --path or --seeds" if acts else "--way, --seeds or --path"
             raise ValueError(f"{tasks} has no {options}; leave them out")
@@ -88,11 +86,10 @@ def compare(
     sinusoid = tasks == "sinusoid"
     if sinusoid and (way is not None or shot is not None):
         raise ValueError("sinusoids are compared as in MAML's paper; leave out --way and --shot")
-    usual = {"steps": STEPS.get(tasks, SHORT), "evaluation": {"episodes": EPISODES.get(tasks, 600)}}
     experiments = {}
     for name in known_algorithms(algorithms or default_learners(tasks)):
         experiment = comparable(name, tasks, way or 5, 1 if shot is None else shot)
-        experiments[name] = changed(changed(with_path(experiment, path), usual), changes)
+        experiments[name] = changed(with_path(experiment, path), changes)
     lab.check(experiments)
     rows = [_row(lab, name, experiment, seeds) for name, experiment in experiments.items()]
     return _study(lab, tasks, rows)
@@ -101,12 +98,12 @@ def compare(
 def _row(lab: Lab, name: str, experiment: Experiment, seeds: int) -> Row:
     trained, reports = [], []
     for seed in range(seeds):
-        folder = name.replace(":", ".") if seeds == 1 else f"{name.replace(':', '.')}-seed{seed}"
+        folder = name if seeds == 1 else f"{name}-seed{seed}"
         every = None if experiment.tasks == "sinusoid" else max(experiment.steps // 4, 1)
         one = lab.fit(dataclasses.replace(experiment, seed=seed), folder, validate_every=every)
         trained.append(one)
         reports.append(_report(lab, one))
-    return Row(experiment.row.title, reports, trained=trained)
+    return Row(experiment.title, reports, trained=trained)
 
 
 def _report(lab: Lab, trained: Trained) -> Any:
@@ -116,8 +113,7 @@ def _report(lab: Lab, trained: Trained) -> Any:
     fixed = "eval_steps" not in experiment.settings or own == 0
     most = own if fixed else max(own, max(SHOWN))
     at = sorted({step for step in (*DRAWN, own) if step <= most})
-    title = experiment.row.title
-    return lab.test(experiment, trained.meta, trained.test, title, steps=most, at=at)
+    return lab.test(experiment, trained.meta, trained.test, experiment.title, steps=most, at=at)
 
 
 def _study(lab: Lab, tasks: str, rows: Sequence[Row]) -> Study:
@@ -203,5 +199,6 @@ def _paper(row: Row) -> str:
         curve = PAPER_CURVES.get(experiment.algorithm, {})
         return " / ".join(f"{value:.2f}" for value in curve.values()) or "no number"
     task = experiment.task
-    name = f"{experiment.algorithm}-{experiment.tasks}-{task['way']}w{task['shot']}s"
+    cell = f"{task.get('way')}w{task.get('shot')}s"
+    name = f"{experiment.algorithm}-{experiment.tasks}-{cell}"
     return RECIPES[name].paper if name in RECIPES else "no number"

@@ -10,7 +10,7 @@ import jax
 from matplotlib.figure import Figure
 
 from .. import report
-from ..recipes import BODIES, COMPARED, RETURNS, TITLES, changed, comparable, oracle
+from ..recipes import BODIES, COMPARED, RETURNS, changed, comparable, oracle
 from ..recipes.runs import Trained
 from ..recipes.settings import known_algorithms
 from ..report.frames import frames
@@ -33,7 +33,7 @@ def compare_returns(
         algorithms: names; those that the papers compare if empty.
         changes: of their experiments.
     """
-    names = known_algorithms(algorithms or COMPARED[family])
+    names = known_algorithms(algorithms or COMPARED.get(family, COMPARED["navigation"]))
     experiments = {name: changed(comparable(name, family), changes) for name in names}
     if family == "navigation":
         experiments[ORACLE] = oracle(next(iter(experiments.values())))
@@ -41,7 +41,9 @@ def compare_returns(
     trained = {name: lab.fit(one, name.lower()) for name, one in experiments.items()}
     rows = []
     for name, one in trained.items():
-        title, last = TITLES.get(name, name), one.experiment.row.joint and name != ORACLE
+        oracles = name == ORACLE
+        title = name if oracles else one.experiment.title
+        last = one.experiment.row.joint and not oracles
         meta, step = (one.last, one.experiment.steps) if last else (one.meta, one.step)
         rows.append(_row(lab, title, one, meta, step))
         if last:
