@@ -306,7 +306,7 @@ def _arguments_of(rule: str) -> Known:
     known: dict[str, Any] = {}
     for name, one in inspect.signature(optimizers()[rule]).parameters.items():
         kinds = (one.annotation, *typing.get_args(one.annotation))
-        kind = bool if bool in (one.annotation, type(one.default)) else None
+        kind: Any = bool if bool in (one.annotation, type(one.default)) else None
         kind = kind or next((kind for kind in (float, int) if kind in kinds), None)
         if kind is not None and name != "learning_rate":
             known[name] = (kind if one.default is not None else kind | None, one.default)
