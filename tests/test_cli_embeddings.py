@@ -11,7 +11,7 @@ from rich.console import Console
 from adaptax.algorithms import leo
 from adaptax.cli import main
 from adaptax.cli.progress import watching
-from adaptax.recipes.embedded import embedded
+from adaptax.recipes import closest
 from adaptax.tasks.embeddings import write
 
 
@@ -65,7 +65,9 @@ def test_compare_on_embeddings(features, tmp_path, capsys):
 
 def test_the_protocol_names_the_classes_that_were_trained_on(features):
     task = {"path": str(features), "way": 3, "shot": 1, "query": 2, "train_and_val": True}
-    means = dataclasses.replace(embedded("class-mean", 3, 1), task=task, network={"linear": 8})
+    means = dataclasses.replace(
+        closest("class-mean", "embeddings", 3, 1), task=task, network={"linear": 8}
+    )
     report = means.test(means.untrained(), means.splits(), episodes=2)
     assert report.protocol["trained_on"] == "train and val"
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from adaptax.cli import main
-from adaptax.recipes import RETURNS, reinforcement
+from adaptax.recipes import RETURNS, book
 from adaptax.rl import locomotion
 from gliders import GLIDER
 
@@ -54,7 +54,7 @@ def test_compare_has_baselines_and_the_papers_numbers(here, capsys, monkeypatch)
         "task": {"trajectories": 2, "horizon": 5}, "network": {"policy": [4]}, "steps": 2,
         "meta_batch": 2, "evaluation": {"goals": 3, "trajectories": 2},
     }  # fmt: skip
-    monkeypatch.setitem(reinforcement.SHORT, "navigation", tiny)
+    monkeypatch.setitem(book.BOOK["family"]["navigation"], "short", tiny)
     names = ["maml", "bmaml", "pretrained"]
     assert main(["compare", "navigation", "--algorithms", *names, "--out", "both"]) == 0
     text = capsys.readouterr().out
@@ -122,9 +122,9 @@ def test_locomotion_is_trained_resumed_and_drawn(here, glider, capsys, monkeypat
     assert main(["train", "--resume", "run"]) == 0
     assert json.loads((here / "run" / "test.json").read_text())["curve"] == result["curve"]
     assert main(["evaluate", "run", "--steps", "1"]) == 0
-    tiny = {**reinforcement.SHORT["ant"], "task": {"trajectories": 2, "horizon": 3}, "steps": 1,
+    tiny = {**book.BOOK["family"]["ant"]["short"], "task": {"trajectories": 2, "horizon": 3}, "steps": 1,
             "network": {"policy": [4]}, "evaluation": {"goals": 2, "trajectories": 2}}  # fmt: skip
-    monkeypatch.setitem(reinforcement.SHORT, "ant", tiny)
+    monkeypatch.setitem(book.BOOK["family"]["ant"], "short", tiny)
     assert main(["compare", "ant", "--algorithms", "maml", "--out", "both"]) == 0
     found = json.loads((here / "both" / "comparison.json").read_text())
     assert [row["name"] for row in found["rows"]] == ["MAML", "Random policy"]

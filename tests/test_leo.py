@@ -11,7 +11,7 @@ import pytest
 
 import adaptax as ax
 from adaptax.algorithms import leo_networks, leo_terms
-from adaptax.recipes.embedded import PAPER
+from adaptax.recipes import RECIPES
 from adaptax.testing import check_learner
 from references import check_meta_gradient
 
@@ -682,6 +682,7 @@ def test_options_that_make_no_sense(how, message):
 
 
 def test_the_papers_settings_are_arguments():
-    for settings in PAPER.values():
+    for name in ("mini_imagenet-5w1s", "mini_imagenet-5w5s", "tiered_imagenet-5w1s"):
+        settings = RECIPES[f"leo-{name}"].experiment.learner
         assert ax.LEO(cross_entropy, **settings).latent == 64
-    assert PAPER["mini_imagenet 5w1s"]["kl_weight"] == 0.756143
+    assert RECIPES["leo-mini_imagenet-5w1s"].experiment.learner["kl_weight"] == 0.756143
