@@ -1,3 +1,4 @@
+import sys
 import unicodedata
 
 import equinox as eqx
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 
 from adaptax.tasks import DataError, glyphs
+from adaptax.tasks.cache import cache_root
 from adaptax.tasks.glyphs import load, split_of
 
 KEY = jax.random.key(0)
@@ -59,6 +61,28 @@ def test_episodes():
     assert 0.02 < float(task.query.x.mean()) < 0.3
     with pytest.raises(DataError, match="has 8 examples, but shot \\+ query = 5 \\+ 5"):
         glyphs(shot=5)
+
+
+def test_what_is_kept_is_what_was_drawn(drawn, monkeypatch):
+    """In memory, on the disk, and where the file on the disk is broken."""
+    module = sys.modules["adaptax.tasks.glyphs"]
+    assert load()[1] is drawn[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_drawn", None)
+        module._load.cache_clear()
+        again = load()
+    (table,) = cache_root().glob("glyphs-*.json")
+    whole = table.read_text()
+    for broken in ("", "{}", "[[], {}]", whole[:-9], whole.replace("[[", "[[[", 1)):
+        table.write_text(broken)
+        assert module._read_table(table) is None
+    table.write_text(whole)
+    assert np.array_equal(again[0].images, drawn[0])
+    assert {s: list(of) for s, of in again[1].items()} == {
+        s: list(of) for s, of in drawn[1].items()
+    }
+    for split, classes in drawn[1].items():
+        assert all(np.array_equal(rows, again[1][split][c]) for c, rows in classes.items())
 
 
 def test_without_fonts(tmp_path, monkeypatch):

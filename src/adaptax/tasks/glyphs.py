@@ -104,20 +104,29 @@ def _load(dated: tuple[tuple[Path, int], ...]) -> tuple[Cached, Classes]:
     key += [str(features.version("freetype2")), f"{SIZE} {FONT_SIZE} {BASELINE}"]
     digest = hashlib.sha256(json.dumps([key, unicodedata.unidata_version, SCRIPTS]).encode())
     table = cache_root() / f"glyphs-{digest.hexdigest()[:24]}.json"
-    with suppress(OSError, ValueError):
-        # Which characters there are, and which of them agree, takes as long as drawing them.
-        drawn, classes = json.loads(table.read_text())
-        images = _draw(faces, key, drawn)
-        return images, {
-            s: {c: np.array(rows) for c, rows in of.items()} for s, of in classes.items()
-        }
-    drawn = list(_drawn(faces))
+    # Which characters there are, and which of them agree, takes as long as drawing them.
+    known = _read_table(table)
+    drawn = list(_drawn(faces)) if known is None else known[0]
     images = _draw(faces, key, drawn)
+    if known is not None:
+        return images, known[1]
     found = _distinct_classes(images.images, drawn)
     kept = {s: {c: rows.tolist() for c, rows in of.items()} for s, of in found.items()}
     with suppress(OSError):
         write_atomic(table, json.dumps([drawn, kept]).encode())
     return images, found
+
+
+def _read_table(path: Path) -> tuple[list[tuple[str, str, int]], Classes] | None:
+    """Return what is drawn and the classes; `None` if the file is absent or broken."""
+    try:
+        drawn, kept = json.loads(path.read_text())
+        found = {s: {c: np.array(kept[s][c], int) for c in kept[s]} for s in bank.NAMES}
+        rows = np.concatenate([rows for of in found.values() for rows in of.values()])
+        whole = 0 <= rows.min() <= rows.max() < len(drawn)
+        return ([(s, c, int(f)) for s, c, f in drawn], found) if whole else None
+    except Exception:  # a file that is damaged raises what JSON and NumPy have
+        return None
 
 
 def _draw(faces: list[Path], key: list[str], drawn: list[tuple[str, str, int]]) -> Cached:
