@@ -31,9 +31,9 @@ NAMES = ("encoder", "relation0", "relation1", "relation2", "decoder", "inner_lr"
 
 
 def settings(shot):
-    from adaptax.recipes.embedded import PAPER
+    from adaptax.recipes import RECIPES
 
-    return PAPER[f"mini_imagenet 5w{shot}s"]
+    return RECIPES[f"leo-mini_imagenet-5w{shot}s"].experiment.learner
 
 
 def weights(dtype):

@@ -122,8 +122,13 @@ def test_locomotion_is_trained_resumed_and_drawn(here, glider, capsys, monkeypat
     assert main(["train", "--resume", "run"]) == 0
     assert json.loads((here / "run" / "test.json").read_text())["curve"] == result["curve"]
     assert main(["evaluate", "run", "--steps", "1"]) == 0
-    tiny = {**book.BOOK["family"]["ant"]["short"], "task": {"trajectories": 2, "horizon": 3}, "steps": 1,
-            "network": {"policy": [4]}, "evaluation": {"goals": 2, "trajectories": 2}}  # fmt: skip
+    tiny = {
+        **book.BOOK["family"]["ant"]["short"],
+        "task": {"trajectories": 2, "horizon": 3},
+        "steps": 1,
+        "network": {"policy": [4]},
+        "evaluation": {"goals": 2, "trajectories": 2},
+    }
     monkeypatch.setitem(book.BOOK["family"]["ant"], "short", tiny)
     assert main(["compare", "ant", "--algorithms", "maml", "--out", "both"]) == 0
     found = json.loads((here / "both" / "comparison.json").read_text())
