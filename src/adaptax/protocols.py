@@ -36,6 +36,26 @@ class Particles(Protocol):
 
 
 @runtime_checkable
+class Several(Protocol):
+    """A model made of several, whatever it predicts: `adaptax.Ensemble`, a mean of checkpoints."""
+
+    @property
+    def particles(self) -> int:
+        """Number of models."""
+        ...
+
+    @property
+    def models(self) -> Any:
+        """The models, stacked."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Number of parameters of a model."""
+        ...
+
+
+@runtime_checkable
 class Noisy(Protocol):
     """A regressor that knows how noisy its targets are, such as `adaptax.Gaussian`."""
 

@@ -14,8 +14,8 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .. import roles, tree
 from ..conv import FastPath
-from ..learner import Adapter, Ensemble, Meta
-from ..protocols import Acting, Scoring
+from ..learner import Adapter, Meta
+from ..protocols import Acting, Scoring, Several
 from ..task import Model, TaskDistribution
 from . import feed, scoring
 from .mapping import Mapping, chunk_size, map_over, with_fast_path
@@ -95,7 +95,7 @@ class Scorer(eqx.Module):
                 "labelled queries, or call the adapted model on their x"
             )
         facts["at"] = chosen if length > 1 else [None]
-        facts["particles"] = before.particles if isinstance(before, Ensemble) else 1
+        facts["particles"] = before.particles if isinstance(before, Several) else 1
         facts["backbone"] = _backbone(before)
         family = tasks.scores if isinstance(tasks, Scoring) else None
 
@@ -119,7 +119,7 @@ class Scorer(eqx.Module):
 
 def _backbone(model: Model) -> str:
     """The kind of network and its size."""
-    if isinstance(model, Ensemble):
+    if isinstance(model, Several):
         return f"{type(model.models).__name__}, {model.size:,} parameters"
     return f"{type(model).__name__}, {tree.count(model):,} parameters"
 

@@ -260,7 +260,8 @@ def optimizers() -> dict[str, Callable[..., optax.GradientTransformation]]:
     found = {}
     for name, make in vars(optax).items():
         rule = inspect.isfunction(make) or isinstance(make, functools.partial)
-        if rule and not name.startswith(("_", "scale_by", "lbfgs")):
+        old = hasattr(optax, f"{name}_v2")  # deprecated
+        if rule and not old and not name.startswith(("_", "scale_by", "lbfgs")):
             taken = [*inspect.signature(make).parameters]
             if taken[:1] == ["learning_rate"] and "key" not in taken:
                 found[name] = make
