@@ -198,9 +198,9 @@ def test_a_run_whose_data_lie_elsewhere(here, capsys):
     assert adaptax.load_run("there", path="moved").tasks.test.sample(jax.random.key(0))
     assert main(["train", "--resume", "there", "--path", "moved", "--steps", "4"]) == 0
     capsys.readouterr()
-    Image.fromarray(np.zeros((8, 8), np.uint8)).save(here / "moved" / "c3" / "0.png")
+    Image.fromarray(np.full((8, 8), 255, np.uint8)).save(here / "moved" / "c3" / "0.png")
     assert main(["train", "--resume", "there", "--steps", "6"]) == 2
-    assert "cannot be resumed with other settings: tasks" in sentence(capsys)
+    assert "cannot be resumed with other settings: tasks" in capsys.readouterr().err
 
 
 def test_several_seeds_and_a_recipe_of_ones_own(here, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import Any
 
 from ..recipes import RECIPES, Experiment, Recipe, changed, closest, parts, table

@@ -281,12 +281,17 @@ def lets_go(function: Callable[Arguments, Value]) -> Callable[Arguments, Value]:
     return call  # type: ignore[return-value]
 
 
+NAMED = ("tasks.name", "validate.name", "images.name")
+"""Names of data, which may be those of the folders that they lie in; their content is compared."""
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What two plans differ in, in words; empty if they agree.
 
     Of a thing and its parts, `learner` and `learner.loss`, the thing alone is named.
     """
     names = [n for n in {**now, **before} if n not in before or before[n] != now.get(n)]
+    names = [n for n in names if n not in NAMED]
     parent = lambda name: any(name.startswith((f"{n}.", f"{n}[")) for n in names)  # noqa: E731
     found = [n for n in names if not parent(n)]
     said = [f"{n} was {before.get(n, 'absent')} and is {now.get(n, 'absent')}" for n in found[:4]]
