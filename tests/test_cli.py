@@ -198,7 +198,9 @@ def test_a_run_whose_data_lie_elsewhere(here, capsys):
     assert adaptax.load_run("there", path="moved").tasks.test.sample(jax.random.key(0))
     assert main(["train", "--resume", "there", "--path", "moved", "--steps", "4"]) == 0
     capsys.readouterr()
-    Image.fromarray(np.full((8, 8), 255, np.uint8)).save(here / "moved" / "c3" / "0.png")
+    for c in range(10):
+        other = np.full((8, 8), 210 + c, np.uint8)
+        Image.fromarray(other).save(here / "moved" / f"c{c}" / "0.png")
     assert main(["train", "--resume", "there", "--steps", "6"]) == 2
     assert "cannot be resumed with other settings: tasks" in capsys.readouterr().err
 
@@ -792,7 +794,7 @@ def test_what_does_not_suit_the_data_is_told_before_training(here, capsys):
         (lambda c: c.update(training={"mapping": 0.5}), "training.mapping"),
         (lambda c: c.update(data_root=3), "data_root is 3"),
         (lambda c: c["experiment"].update(network=None), "network should name"),
-        (lambda c: c["experiment"]["outer"].update(sgd=0.5), "outer.sgd is not a setting"),
+        (lambda c: c["experiment"]["outer"].update(sgdd=0.5), "outer.sgdd is not a setting"),
         (lambda c: c["experiment"].update(seed=math.nan), "seed is nan"),
         (lambda c: c.update(tuned=[]), "no JSON object"),
     ],

@@ -12,7 +12,9 @@ from ..recipes import table
 from ..text import LARGEST, MOST, shown
 
 
-def one(kind: Callable[[str], Any], metavar: str, what: str) -> PrimitiveConstructorSpec[Any]:
+def one(
+    kind: Callable[[str], Any], metavar: str, what: str, choices: tuple[str, ...] | None = None
+) -> PrimitiveConstructorSpec[Any]:
     """One word of a kind, or `None` where it is not given."""
 
     def parse(words: list[str]) -> Any:
@@ -27,6 +29,7 @@ def one(kind: Callable[[str], Any], metavar: str, what: str) -> PrimitiveConstru
         instance_from_str=parse,
         is_instance=lambda value: True,
         str_from_instance=lambda value: [str(value)],
+        choices=choices,
     )
 
 
