@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from adaptax.algorithms import leo
+from adaptax.algorithms import leo_terms
 from adaptax.cli import main
 from adaptax.cli.progress import watching
 from adaptax.recipes import closest
@@ -32,7 +32,7 @@ def features(tmp_path_factory):
 
 
 def test_train_leo(features, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(leo, "COLLAPSED", 1e9)
+    monkeypatch.setattr(leo_terms, "COLLAPSED", 1e9)
     words = ["train", "leo", "embeddings", "--path", str(features), "--way", "3", "--shot", "2",
              "--steps", "4", "--meta-batch", "2", "--episodes", "5",
              "--run", str(tmp_path / "leo")]  # fmt: skip
