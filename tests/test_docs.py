@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from adaptax.cli.app import COMMANDS
 from adaptax.cli.parsing import parse
 
 ROOT = Path(__file__).parents[1]
@@ -60,9 +61,10 @@ def commands(page):
 @pytest.mark.parametrize("page", [p for p in PAGES if [*commands(p)]], ids=name)
 def test_commands_are_commands(page):
     """Every line in a block of the shell is one that can be typed; none is run."""
+    known = {name: kind for name, (kind, _) in COMMANDS.items()}
     for words in commands(page):
         if words[:1] == ["adaptax"]:
-            parse(words[1:])
+            parse(words[1:], known)
         elif words[:1] == ["python"] and words[1] != "-m":
             assert (ROOT / words[1]).is_file(), words
         elif words[:1] == ["make"]:
