@@ -12,6 +12,20 @@ from ..recipes import table
 from ..text import LARGEST, MOST, shown
 
 
+def _spec(
+    parse: Callable[[list[str]], Any], metavar: str, choices: tuple[str, ...] | None = None
+) -> PrimitiveConstructorSpec[Any]:
+    """One word, whatever its default is."""
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=parse,
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(value)],
+        choices=choices,
+    )
+
+
 def one(
     kind: Callable[[str], Any], metavar: str, what: str, choices: tuple[str, ...] | None = None
 ) -> PrimitiveConstructorSpec[Any]:
@@ -23,14 +37,7 @@ def one(
         except ValueError:
             raise ValueError(f"{shown(words[0])!r} is not {what}") from None
 
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=metavar,
-        instance_from_str=parse,
-        is_instance=lambda value: True,
-        str_from_instance=lambda value: [str(value)],
-        choices=choices,
-    )
+    return _spec(parse, metavar, choices)
 
 
 def number(
@@ -61,13 +68,7 @@ def _named(metavar: str, known: Iterable[str], own: str) -> PrimitiveConstructor
         said = table.one_of(word, [*names, f"your own, my_module:{own}"]).removeprefix("there are ")
         raise ValueError(f"{shown(word)!r} is not one of {said}")
 
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=metavar,
-        instance_from_str=parse,
-        is_instance=lambda value: True,
-        str_from_instance=lambda value: [str(value)],
-    )
+    return _spec(parse, metavar)
 
 
 def _mapping(word: str) -> str | int:
