@@ -123,7 +123,7 @@ def test_evaluate_predict_and_fit_compile_nothing_again():
 
 
 def test_what_tracing_does_to_variables_is_no_reason_to_compile_again():
-    traced, count = [], 0
+    traced, count, done = [], 0, 0
 
     def loss(model, batch):
         nonlocal count

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from . import tree
+from . import roles, tree
 
 Rows = dict[str, Array]
 """Arrays by their path in the model, such as `"blocks/0/1/shift"`."""
@@ -138,7 +138,7 @@ def _arrays(model: PyTree) -> list[tuple[str, Array, bool]]:
     def kind(node: Any) -> PyTree[str]:
         # Of every leaf below: "" outside of batch-norm layers, else the field that it is in.
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: tree.path_name(path[:1]) if _is_layer(node) else "", node
+            lambda path, _: roles.path_name(path[:1]) if _is_layer(node) else "", node
         )
 
     kinds = jax.tree.map(kind, model, is_leaf=_is_layer)

@@ -193,7 +193,10 @@ def test_the_docs_show_this_environment():
     wide = {"observation_space = PLANE": "observation_space = Box(-np.inf, np.inf, (2,))"}
     mine = [line.replace(*pair) for line in mine for pair in wide.items()]
     assert code(shown) == mine
-    assert len(code(text[text.index("import adaptax as ax, gymnasium") : text.index("`make(task)`")])) <= 36
+    assert (
+        len(code(text[text.index("import adaptax as ax, gymnasium") : text.index("`make(task)`")]))
+        <= 36
+    )
 
 
 class Slow(PointMass):

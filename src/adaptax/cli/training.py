@@ -35,6 +35,7 @@ from ..recipes.runs import (
     nothing_lost,
     start_of,
 )
+from ..recipes.settings import with_path, with_settings
 from ..report import returns
 from ..report.record import dump, facts, keep
 from ..studies.reinforcement import behaviour
@@ -73,9 +74,9 @@ def run_recipe(options: RecipesRun) -> None:
     table.trust(*options.trust)
     found = settings.recipe(options.name)
     changes = {"seed": options.seed, "steps": options.steps}
-    experiment = settings.with_settings(changed(found.experiment, changes), options.set)
+    experiment = with_settings(changed(found.experiment, changes), options.set)
     if "path" not in experiment.task or options.path is not None:
-        experiment = settings.with_path(experiment, options.path)
+        experiment = with_path(experiment, options.path)
     config = new_config(experiment, data_root=options.data_root)
     config |= {"recipe": found.name, "about": found.about, "paper": found.paper}
     if experiment != found.experiment:

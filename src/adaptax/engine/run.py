@@ -273,12 +273,12 @@ def lets_go(function: Callable[Arguments, Value]) -> Callable[Arguments, Value]:
         run = as_run(run)
         held = run is not None and run.held
         try:
-            return function(*args, run=run, **how)  # type: ignore[call-arg]
+            return function(*args, run=run, **how)
         finally:
             if run is not None and not held:
                 run.__exit__()
 
-    return call  # type: ignore[return-value]
+    return call
 
 
 NAMED = ("tasks.name", "validate.name", "images.name")

@@ -58,7 +58,7 @@ class MLP(eqx.Module):
         self.activation = activation
         self.context = jnp.zeros(context) if context else None
 
-    def __call__(self, x: Float[Array, n * shape]) -> Float[Array, "n out_size"]:
+    def __call__(self, x: Float[Array, "n ..."]) -> Float[Array, "n out_size"]:
         """Return a batch of outputs."""
         x = x.reshape(len(x), -1)
         if self.context is not None:

@@ -110,7 +110,7 @@ class Experiment:
             if name not in names:
                 raise ValueError(
                     f"this does not describe an experiment: {name!r:.80} is nothing of one; "
-                    f"{schema.one_of(str(name), names)}"
+                    f"{table.one_of(str(name), names)}"
                 )
         whole = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
         for field in fields:
@@ -437,7 +437,7 @@ def changed(
             new[name] = value
     names = [field.name for field in dataclasses.fields(experiment)]
     if wrong := [name for name in new if name not in names]:
-        raise ValueError(f"{wrong[0]!r:.80} is not a setting; {schema.one_of(wrong[0], names)}")
+        raise ValueError(f"{wrong[0]!r:.80} is not a setting; {table.one_of(wrong[0], names)}")
     return dataclasses.replace(experiment, **new)
 
 

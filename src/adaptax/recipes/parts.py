@@ -20,7 +20,7 @@ from .. import inner, losses, models, rl, tree
 from ..algorithms.gaussian import gamma_prior, gaussian_nll
 from ..algorithms.maml import MAML
 from ..algorithms.shared_head import SharedHead
-from ..engine.train import Outer
+from ..engine.steps import Outer
 from ..learner import MetaLearner
 from ..losses import Loss
 from ..task import Model
@@ -321,7 +321,7 @@ def _checked_rule(where: str, values: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"{where} should name one optimizer with its step size, such as "
             f'{{"sgd": 0.1}}, and names {" and ".join(named) or "none"}; '
-            + schema.one_of(next(iter(values), ""), optimizers())
+            + table.one_of(next(iter(values), ""), optimizers())
         )
     return schema.checked(where, values, {named[0]: (float, None), **_arguments_of(named[0])})
 

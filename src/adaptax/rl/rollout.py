@@ -85,7 +85,9 @@ class RollOut(eqx.Module):
         state = jax.vmap(env.reset, in_axes=(0, None))(keys, self.task)
         _check(env, policy, state)
 
-        def step(carry: tuple[Any, Array], keys: Array) -> tuple[tuple[Any, Array], tuple]:
+        def step(
+            carry: tuple[Any, Array], keys: Array
+        ) -> tuple[tuple[Any, Array], tuple[Any, ...]]:
             (state, alive), (act_key, env_key) = carry, keys
             seen = jax.vmap(env.observe)(state)
             law = roles.apply(policy, seen)
