@@ -6,7 +6,7 @@ The public names are in `__init__.pyi`. Each is imported when it is asked for, s
 
 import lazy_loader
 
-from . import process as _process  # at once: it has to see forks that come before the first use
+from . import process as process  # at once: it has to see forks that come before the first use
 
 __version__ = "0.1.0"
 
