@@ -66,7 +66,10 @@ def train(options: Train) -> None:
         mapping=options.mapping,
         fast_path="auto" if options.fast_path else False,
     )
-    _train_and_test_all({**config, "settings": origin(experiment)}, path, options)
+    given = any(setting.startswith(("evaluation.episodes", "evaluation.goals"))
+                for setting in options.set)  # fmt: skip
+    config |= {"settings": origin(experiment), "sized": options.episodes is None and not given}
+    _train_and_test_all(config, path, options)
 
 
 def run_recipe(options: RecipesRun) -> None:
@@ -223,7 +226,7 @@ def _train_and_test(
     with nothing_lost(
         f"interrupted after training, which is saved in {path}; test with: {resume_command}"
     ):
-        reports = _test(trained, progress)
+        reports = _test(trained, progress, config.get("sized", False))
         plots = pictures(trained, reports["test"], path)
     result: dict[str, Any] = {
         **reports["test"].to_json(),
@@ -263,6 +266,14 @@ def _train_and_test(
         f"by validation is of step {trained.step:,}",
         soft_wrap=True,
     )
+    if (tested := reports["test"].protocol.get("episodes", experiment.episodes)) < (
+        all_of_them := experiment.episodes
+    ):
+        out.print(
+            f"tested on {tested:,} episodes, which suit so short a training; on all "
+            f"{all_of_them:,}: {shlex.join(['adaptax', 'evaluate', str(path), *trusted])}",
+            soft_wrap=True,
+        )
     out.print(f"run folder: {path} (test.json, {', '.join(os.path.basename(p) for p in plots)})",
               soft_wrap=True)  # fmt: skip
     return result
@@ -281,10 +292,18 @@ def show(scores: Report, out: Console, title: str) -> None:
     out.print(report.summary(scores), soft_wrap=True)
 
 
-def _test(trained: Trained, console: Console) -> dict[str, Report]:
+def _test(trained: Trained, console: Console, fitting: bool) -> dict[str, Report]:
     """Scores under the protocol: both ways to predict for Reptile, whose paper reports both, and
-    beside the single model the ensemble of the best, if they are kept."""
-    experiment = trained.experiment
+    beside the single model the ensemble of the best, if they are kept.
+
+    Args:
+        trained: what is tested.
+        console: of the progress.
+        fitting: on as many episodes as suit the length of the training.
+    """
+    experiment, episodes = trained.experiment, trained.experiment.episodes
+    if fitting and trained.budget is not None:
+        episodes = trained.budget.episodes
     ways: dict[str, dict[str, Any]] = {"test": {}}
     if experiment.row.alone and experiment.family.has("images"):
         ways["non_transductive"] = {"transductive": False}
@@ -293,7 +312,9 @@ def _test(trained: Trained, console: Console) -> dict[str, Report]:
     reports: dict[str, Report] = {}
     for name, how in ways.items():
         meta = trained.kept if name == "ensemble" else trained.meta
-        with scoring(name.replace("_", "-"), experiment.episodes, console) as watch:
+        if episodes != experiment.episodes:
+            how["episodes"] = episodes
+        with scoring(name.replace("_", "-"), episodes, console) as watch:
             reports[name] = experiment.test(meta, trained.test, watch=watch, **how)
     return reports
 

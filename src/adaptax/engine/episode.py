@@ -18,9 +18,10 @@ from ..learner import Adapter, Meta
 from ..protocols import Acting, Scoring, Several
 from ..task import Model, TaskDistribution
 from . import feed, scoring
-from .mapping import Mapping, chunk_size, map_over, with_fast_path
+from .mapping import Mapping, chunk_size, first, map_over, with_fast_path
 from .predict import learned_noise, predictions
 from .scoring import Scores
+from .work import work
 
 
 class Scorer(eqx.Module):
@@ -47,6 +48,7 @@ class Scorer(eqx.Module):
         each = lambda loaded: self.episode(facts, meta, tasks, noise, loaded, key)  # noqa: E731
         found = jax.eval_shape(each, jax.tree.map(lambda leaf: leaf[0], probe))
         facts["scores"] = sorted({**found, **found.get("claimed", {})})
+        facts["work"] = work(each, *first((probe,)))
         return chunk_size(mapping, 32, each, (probe,)), facts
 
     def chunk(

@@ -21,6 +21,7 @@ from .episode import Scorer
 from .mapping import Mapping, chunk_size, everywhere, local_mesh
 from .report import Report
 from .scoring import Scores, Select
+from .work import NONE, Work, episodes_at_once
 
 PREDICTING = {"at": None, "transductive": True, "noise": 1.0, "scores": None, "select": None}
 """Arguments of `Evaluator` that say how predictions are scored, and their defaults."""
@@ -156,7 +157,7 @@ class Evaluator:
         size, facts, given = self._look(roles.deduplicate(meta), key, assumed)
         # The tail of the last chunk repeats the last episode, so that one program does for all.
         # An interrupt waits for the end of a chunk, so that few heavy episodes make one.
-        chunk = min(self.episodes, 20 * size)
+        chunk = episodes_at_once(facts.get("work", NONE), size, self.episodes)
         mesh = local_mesh(chunk) if self.acting else None
         jobs = (lambda s=s: self._load(s, chunk, key) for s in range(0, self.episodes, chunk))
         parts = []
@@ -178,6 +179,10 @@ class Evaluator:
         self._check_select(values)
         at = facts.get("at") or list(range(next(iter(values.values())).shape[1]))
         return Report(protocol, at, values, **tables, select=self.select)
+
+    def work(self, meta: Meta, *, key: PRNGKeyArray) -> Work:
+        """Count the work of an episode; of roll-outs it is not known."""
+        return self._look(roles.deduplicate(meta), key, self.noise)[1].get("work", NONE)
 
     def check(self, meta: Meta, *, key: PRNGKeyArray) -> None:
         """Raise what scoring these meta-parameters would raise, from shapes alone.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
@@ -18,6 +17,7 @@ from .. import roles, tree
 from ..conv import FastPath, fast
 from ..learner import Adapter, Meta, MetaLearner
 from ..task import Task
+from .work import work
 
 L = TypeVar("L", bound=Adapter)
 
@@ -28,8 +28,6 @@ Mapping = Literal["auto", "scan", "vmap"] | int
 activations in a CPU's cache; `"vmap"` fills an accelerator. `"auto"` is `"vmap"` on accelerators
 and for tasks whose intermediate results are small, else `"scan"`.
 """
-
-_SMALL = 2**20  # bytes of intermediates a task below which a CPU prefers vmap
 
 
 def meta_value_and_grad(
@@ -254,7 +252,7 @@ def chunk_size(mapping: Mapping, count: int, function: Callable[..., Any], xs: A
     """How many tasks to map at once."""
     if mapping == "auto":
         accelerated = jax.default_backend() != "cpu"
-        mapping = "vmap" if accelerated or _intermediates(function, xs) < _SMALL else "scan"
+        mapping = "vmap" if accelerated or work(function, *first(xs)).small else "scan"
     if mapping == "scan":
         return 1
     if mapping == "vmap":
@@ -262,6 +260,11 @@ def chunk_size(mapping: Mapping, count: int, function: Callable[..., Any], xs: A
     if isinstance(mapping, int) and mapping >= 1:
         return min(mapping, count)
     raise ValueError(f'mapping is "auto", "scan", "vmap" or a positive integer, not {mapping!r}')
+
+
+def first(xs: Any) -> Any:
+    """Return the shapes of the first of what arrays lead with."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), xs)
 
 
 def local_mesh(count: int, size: int | None = None) -> Mesh | None:
@@ -317,22 +320,3 @@ def task_count(tasks: PyTree) -> int:
 
 def _sum(leaf: Array) -> Array:
     return jnp.sum(tree.wide(leaf), axis=0)
-
-
-def _intermediates(function: Callable[..., Any], xs: Any) -> int:
-    """Bytes of all intermediate results of one call: how much a task moves through memory."""
-    first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), xs)
-
-    def size(jaxpr: Any) -> int:
-        total = 0
-        for equation in jaxpr.eqns:
-            inner = [getattr(p, "jaxpr", p) for p in equation.params.values()]
-            inner = [p for p in inner if hasattr(p, "eqns")]
-            if inner:
-                total += sum(map(size, inner))
-            else:
-                shapes = (v.aval for v in equation.outvars if hasattr(v.aval, "shape"))
-                total += sum(math.prod(a.shape) * getattr(a.dtype, "itemsize", 4) for a in shapes)
-        return total
-
-    return size(jax.make_jaxpr(function)(*first).jaxpr)

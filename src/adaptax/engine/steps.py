@@ -17,7 +17,8 @@ from .. import program, tree
 from ..learner import Meta, MetaLearner
 from ..task import Task, TaskDistribution
 from . import feed
-from .mapping import Mapping, chunk_size, meta_gradient, task_gradient
+from .mapping import Mapping, first, meta_gradient, task_gradient
+from .work import Work, work
 
 
 @runtime_checkable
@@ -126,23 +127,19 @@ def meta_steps(
     return chunk
 
 
-def is_heavy(learner: MetaLearner, meta: Meta, tasks: TaskDistribution, key: PRNGKeyArray) -> bool:
-    """Whether one task is enough work to be worth a loop iteration or a device of its own."""
-    if jax.default_backend() != "cpu":
-        return True
+def task_work(learner: MetaLearner, meta: Meta, tasks: TaskDistribution, key: PRNGKeyArray) -> Work:
+    """Return the work of the meta-gradient of one task."""
     loaded = feed.load(tasks, key, jnp.zeros(1, jnp.uint32))
-    return program.call(_alone, learner, meta, tasks, loaded, key)
+    return program.call(_work, learner, meta, tasks, loaded, key)
 
 
-def _alone(
+def _work(
     learner: MetaLearner, meta: Meta, tasks: TaskDistribution, loaded: PyTree, key: PRNGKeyArray
-) -> bool:
-    """Whether tasks are better done one after another."""
+) -> Work:
     trained, fixed = eqx.partition(meta, learner.trained(meta))
 
     def one(loaded: PyTree, trained: PyTree) -> Any:
         make = functools.partial(feed.task, tasks)
         return task_gradient(learner, trained, fixed, make, jnp.array(0.0), loaded, key)
 
-    tiled = jax.tree.map(lambda leaf: leaf[None], trained)
-    return chunk_size("auto", 2, one, (loaded, tiled)) == 1
+    return work(one, first(loaded), trained)

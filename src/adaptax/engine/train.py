@@ -29,7 +29,8 @@ from .loop import Loop, Means, averages
 from .mapping import Mapping, everywhere, local_mesh, with_fast_path
 from .run import Facts, Resume, Run, lets_go, opened
 from .state import State, best_of, initial_state, reselect, select, shaped
-from .steps import Outer, is_heavy, meta_steps
+from .steps import Outer, meta_steps, task_work
+from .work import steps_at_once
 
 
 class TrainingDiverged(FloatingPointError):
@@ -122,7 +123,8 @@ def fit(
         keep: how many of the best meta-parameters by validation to keep.
         run: folder for checkpoints, metrics and TensorBoard events.
         resume: continue the run in that folder; `"auto"`: if there is one, else begin it.
-        chunk: meta-steps in one compiled program; by default 500 of light tasks or 20 of heavy.
+        chunk: meta-steps in one compiled program; by default up to 500 of light tasks or 20 of
+            heavy, and no more than some ten seconds' work.
         mapping: how to map over tasks; see `adaptax.engine.mapping.Mapping`.
         devices: local devices to share the meta-batch, a divisor of it; by default as many as
             divide it for heavy tasks or with `outer`, and one for light ones.
@@ -163,8 +165,9 @@ def fit(
     if judge is not None and {"select", "at"} & (validation or {}).keys():
         judge.check(eqx.combine(state.meta, fixed), key=validation_key)
     fast_learner = with_fast_path(learner, fast_path)
-    heavy = is_heavy(fast_learner, eqx.combine(state.meta, fixed), tasks, task_key)
-    chunk = chunk or (20 if heavy else 500)
+    task = task_work(fast_learner, eqx.combine(state.meta, fixed), tasks, task_key)
+    heavy = jax.default_backend() != "cpu" or not task.small
+    chunk = chunk or steps_at_once(task, meta_batch)
     validate_every = math.ceil((validate_every or max(steps // 10, 1)) / chunk) * chunk
     mesh = local_mesh(meta_batch, devices) if devices or heavy or outer is not None else None
     history: list[dict[str, Any]] = []

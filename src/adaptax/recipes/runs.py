@@ -26,6 +26,7 @@ from ..learner import Meta, MetaLearner
 from ..process import Interrupted
 from ..task import Batch, Model, Source, Splits
 from . import schema, table
+from .budget import Budget, budget
 from .experiment import Experiment
 
 INIT = "init"
@@ -54,7 +55,7 @@ class Progress(Protocol):
     """Shows how far the work is."""
 
     def training(
-        self, title: str, steps: int, warn: Warn | None = None
+        self, title: str, steps: int, warn: Warn | None = None, budget: Budget | None = None
     ) -> AbstractContextManager[Watch]:
         """Follow a training of so many meta-steps."""
         ...
@@ -68,7 +69,7 @@ class Silent:
     """Progress that is not shown."""
 
     def training(
-        self, title: str, steps: int, warn: Warn | None = None
+        self, title: str, steps: int, warn: Warn | None = None, budget: Budget | None = None
     ) -> AbstractContextManager[Watch]:
         """Show nothing."""
         return nullcontext(_Unseen())
@@ -100,6 +101,7 @@ class Trained:
         stopped: why training ended.
         history: its records.
         test: distributions of the test protocol.
+        budget: how long it is; `None` of environments.
     """
 
     experiment: Experiment
@@ -111,6 +113,7 @@ class Trained:
     stopped: str
     history: list[dict[str, Any]]
     test: Splits
+    budget: Budget | None = None
 
     @property
     def seconds(self) -> float:
@@ -292,10 +295,17 @@ def fit(
         run.write_config(config)
         start = _start(experiment, config, path, resume_command, progress)
         warn = getattr(experiment.build_learner(), "collapsed", None)
-        with progress.training(title, experiment.steps, warn) as watch:
+        how = {"validation": validation or _validation(experiment), **config["training"]}
+        long: Budget | None = None
+        if not experiment.acts:
+            how["validation"], long = budget(
+                experiment, experiment.untrained() if start is None else start, splits, test,
+                how["validation"], fitting=config.get("sized", False) and validation is None,
+                **{name: how[name] for name in ("validate_every", "fast_path") if name in how},
+            )  # fmt: skip
+        with progress.training(title, experiment.steps, warn, long) as watch:
             if run.checkpoint_file.exists():
                 watch.start(max((record["step"] for record in run.metrics()), default=0))
-            how = {"validation": validation or _validation(experiment), **config["training"]}
             if experiment.acts:
                 times = 10 if experiment.family.has("bodies") else 20
                 how.setdefault("validate_every", max(experiment.steps // times, 1))
@@ -322,6 +332,7 @@ def fit(
         stopped=result.stopped,
         history=result.history,
         test=test,
+        budget=long,
     )
 
 
