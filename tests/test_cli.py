@@ -759,13 +759,14 @@ def test_any_number_of_ways_and_where_its_settings_are_from(here, capsys):
     folder = here / "classes"
     for c in range(60):
         for i in range(2):
-            path = folder / f"c{c}" / f"{i}.png"
+            path = folder / f"${c}_{{犬$" / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.full((8, 8), 4 * c + i, np.uint8)).save(path)
     words = ["train", "anil", "folder", "--path", str(folder), "--way", "12", "--shot", "1",
              "--query", "1", "--steps", "2", "--episodes", "4",
-             "--set", "task.splits=[0.4,0.3,0.3]", "--set", "task.image_size=8",
-             "--set", "network.mlp=[4]", "--set", "network.in_size=192",
+             "--splits", "0.4", "0.3", "0.3", "--image-size", "8", "--channels", "1",
+             "--min-images", "2", "--format", "svg",
+             "--set", "network.mlp=[4]", "--set", "network.in_size=64",
              "--run", "a[/b]"]  # fmt: skip
     assert main(words) == 0
     text = capsys.readouterr().out
@@ -773,6 +774,21 @@ def test_any_number_of_ways_and_where_its_settings_are_from(here, capsys):
     assert "task.way 12" in text
     assert "run folder: a[/b]" in text
     assert json.loads((here / "a[/b]" / "test.json").read_text())["settings"] in text
+    assert (here / "a[/b]" / "learning_curve.svg").exists()
+    drawn = (here / "a[/b]" / "episode.svg").read_text()
+    assert "_{" in drawn and "$" in drawn, "the classes by their names"
+    query = here / "x[" / "y].png"
+    query.parent.mkdir()
+    Image.fromarray(np.full((8, 8), 9, np.uint8)).save(query)
+    words = ["predict", "a[/b]", "--support", str(folder), "--query", str(query)]
+    assert main(words) == 2  # sixty classes, of which the head has twelve
+    assert "60" in sentence(capsys)
+    for path in sorted(folder.iterdir())[12:]:
+        shutil.rmtree(path)
+    assert main(words) == 0
+    assert "x[/y].png" in capsys.readouterr().out
+    assert main(["train", "maml", "sinusoid", "--image-size", "8"]) == 2
+    assert "sinusoid tasks have no image_size; leave out --image-size" in sentence(capsys)
 
 
 def test_what_does_not_suit_the_data_is_told_before_training(here, capsys):

@@ -103,6 +103,15 @@ class Images(Protocol):
 
 
 @runtime_checkable
+class Named(Protocol):
+    """Tasks whose classes have names, such as the episodes of `adaptax.tasks`."""
+
+    def named(self, key: Any) -> list[str]:
+        """The names of the classes of the task of this key, by label."""
+        ...
+
+
+@runtime_checkable
 class Scoring(Protocol):
     """Tasks with metrics of their own, such as the readings of ambiguous ones."""
 

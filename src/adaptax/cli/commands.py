@@ -97,6 +97,14 @@ class Train:
     """folder of the data sets, else ADAPTAX_DATA, else the user's cache"""
     path: Word = None
     """the images of the task family `folder`, a class a directory"""
+    image_size: OwnCount = None
+    """side of the images of `folder` in pixels, to which they are scaled (84)"""
+    channels: OwnCount = None
+    """of the images of `folder`: 1 for grey, 3 for colour"""
+    splits: tuple[Number, ...] = ()
+    """shares of the classes of `folder` for training, validation and test: 0.6 0.2 0.2"""
+    min_images: OwnCount = None
+    """leave out classes of `folder` with fewer images"""
     run: Word = None
     """folder to write, else runs/ALGORITHM-TASKS"""
     init_from: Word = None
@@ -121,6 +129,8 @@ class Train:
     """any setting of the experiment, such as `--set learner.remat=true`"""
     trust: UseAppendAction[tuple[str, ...]] = ()
     """a module of your own that the run to resume or to start from may import"""
+    format: Format = "png"
+    """of figures, beside PNG"""
     json: Flag = False
     """print the result as JSON"""
 
@@ -308,6 +318,8 @@ class RecipesRun:
     """any setting of the experiment, such as `--set learner.remat=true`"""
     trust: UseAppendAction[tuple[str, ...]] = ()
     """a module of your own that the recipe names and may import"""
+    format: Format = "png"
+    """of figures, beside PNG"""
     json: Flag = False
     """print the result as JSON"""
 
@@ -474,6 +486,8 @@ class AnalyzeActive:
     """names the tasks"""
     data_root: Word = None
     """folder of the data sets, if not the one that the runs were trained from"""
+    trust: UseAppendAction[tuple[str, ...]] = ()
+    """a module of your own that the runs name and may import"""
     out: Word = None
     """folder to write, else runs/active-TASKS"""
     format: Format = "png"

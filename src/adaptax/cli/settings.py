@@ -31,7 +31,14 @@ def experiment_of(options: Train) -> Experiment:
         raise ValueError(f"{options.tasks} tasks {WAYS[family.kind]}; leave out --way")
     way, shot = or_else(options.way, 5), or_else(options.shot, 1)
     experiment = with_path(closest(options.algorithm, options.tasks, way, shot), options.path)
-    task = {"query": options.query} if free else {"shot": options.shot, "query": options.query}
+    task: dict[str, Any] = {"splits": list(options.splits) or None}
+    task |= {name: getattr(options, name) for name in ("image_size", "channels", "min_images")}
+    for name, value in task.items():
+        if value is not None and not family.takes(name):
+            raise ValueError(
+                f"{options.tasks} tasks have no {name}; leave out --{name.replace('_', '-')}"
+            )
+    task |= {"query": options.query} if free else {"shot": options.shot, "query": options.query}
     evaluation: dict[str, Any] = {"goals" if experiment.acts else "episodes": options.episodes}
     if options.eval_steps is not None and "at" in experiment.evaluation:
         evaluation["at"] = [0, options.eval_steps]

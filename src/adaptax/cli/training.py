@@ -17,6 +17,7 @@ from rich.table import Table
 from .. import report
 from ..engine.report import Report
 from ..engine.run import Run
+from ..protocols import Named
 from ..recipes import (
     Experiment,
     changed,
@@ -38,6 +39,7 @@ from ..recipes.runs import (
 from ..recipes.settings import with_path, with_settings
 from ..report import returns
 from ..report.record import dump, facts, keep
+from ..report.style import Format
 from ..studies.reinforcement import behaviour
 from ..studies.study import PICTURED
 from . import settings
@@ -91,7 +93,7 @@ def run_recipe(options: RecipesRun) -> None:
 def _train_and_test_all(config: dict[str, Any], path: Path, options: Train | RecipesRun) -> None:
     """Train and test once, or for several seeds, and write the mean and spread of the scores."""
     if options.seeds == 1:
-        _train_and_test(config, path, as_json=options.json)
+        _train_and_test(config, path, as_json=options.json, format=options.format)
         return
     first, found = config["experiment"]["seed"], []
     command = config["command"] + ("" if options.run else f" --run {shlex.quote(str(path))}")
@@ -99,7 +101,10 @@ def _train_and_test_all(config: dict[str, Any], path: Path, options: Train | Rec
         one = {**config, "experiment": {**config["experiment"], "seed": seed}}
         folder = path / f"seed{seed}"
         found.append(
-            _train_and_test(one, folder, as_json=options.json, command=command, quiet=True)
+            _train_and_test(
+                one, folder, as_json=options.json, format=options.format, command=command,
+                quiet=True,
+            )
         )
     kinds = [name for name in ("result", *KINDS) if name in found[0]]
     scores = {
@@ -150,8 +155,10 @@ def _spread(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def pictures(trained: Trained, scores: Report, path: Path) -> list[str]:
-    """Write the plots of a run and its test scores; returns their paths."""
+def pictures(
+    trained: Trained, scores: Report, path: Path, format: Format = "png"
+) -> list[str]:
+    """Write the plots of a run and its test scores; return their paths."""
     experiment, learner = trained.experiment, trained.experiment.build_learner()
     key, figures = jax.random.key(PICTURED), {}
     if trained.history:  # or its file is lost
@@ -169,8 +176,10 @@ def pictures(trained: Trained, scores: Report, path: Path) -> list[str]:
         logits = adapt_and_predict(
             experiment, trained.meta, task.support, task.query.x, experiment.transductive
         )
-        figures["episode"] = report.episode_sheet(task, logits)
-    return report.save(figures, path)
+        tasks = trained.test.test
+        names = tasks.named(key) if isinstance(tasks, Named) else None
+        figures["episode"] = report.episode_sheet(task, logits, names=names)
+    return report.save(figures, path, format)
 
 
 def _returns(trained: Trained, found: Report) -> dict[str, Figure]:
@@ -180,7 +189,7 @@ def _returns(trained: Trained, found: Report) -> dict[str, Figure]:
 
 
 def _resume(options: Train) -> None:
-    mine = {"algorithm", "tasks", "resume", "steps", "data_root", "path", "trust", "json"}
+    mine = {"algorithm", "tasks", "resume", "steps", "data_root", "path", "trust", "format", "json"}
     for field in dataclasses.fields(Train):
         if field.name not in mine and getattr(options, field.name) != field.default:
             raise ValueError(
@@ -205,7 +214,7 @@ def _resume(options: Train) -> None:
             "these from here on",
             soft_wrap=True,
         )
-    _train_and_test(config, path, as_json=options.json)
+    _train_and_test(config, path, as_json=options.json, format=options.format)
 
 
 def _train_and_test(
@@ -213,6 +222,7 @@ def _train_and_test(
     path: Path,
     *,
     as_json: bool,
+    format: Format = "png",
     command: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -227,7 +237,7 @@ def _train_and_test(
         f"interrupted after training, which is saved in {path}; test with: {resume_command}"
     ):
         reports = _test(trained, progress, config.get("sized", False))
-        plots = pictures(trained, reports["test"], path)
+        plots = pictures(trained, reports["test"], path, format)
     result: dict[str, Any] = {
         **reports["test"].to_json(),
         "run": str(path),

@@ -17,6 +17,7 @@ from matplotlib.patches import Patch
 from .. import program
 from ..learner import Adapter, Meta
 from ..task import Batch, Model, Task, TaskDistribution
+from ..text import shown
 from .style import COLOURS, MORE, canvas, styled
 
 GRID = 200
@@ -121,7 +122,8 @@ def episode_sheet(
     """
     support, query = _images(task.support), _images(task.query)
     labels = sorted({*support.labels.tolist(), *query.labels.tolist()})
-    names = [f"class {label}" for label in labels] if names is None else list(names)
+    names = [f"class {label}" for label in labels] if names is None else [
+        shown(name, 24) for name in names]  # fmt: skip
     shots, queries = (
         min(per_class, max(int(np.sum(batch.labels == label)) for label in labels))
         for batch in (support, query)
@@ -148,8 +150,9 @@ def episode_sheet(
         for column, i in enumerate(np.flatnonzero(support.labels == label)[:shots]):
             show_image(axes[row, column], support.pixels[i])
         axes[row, 0].text(
-            -0.12, 0.5, name, transform=axes[row, 0].transAxes, ha="right", va="center", fontsize=8
-        )
+            -0.12, 0.5, name, transform=axes[row, 0].transAxes, ha="right", va="center", fontsize=8,
+            parse_math=False,
+        )  # fmt: skip
         for column, i in enumerate(np.flatnonzero(query.labels == label)[:queries]):
             ax = axes[row, shots + 1 + column]
             if probabilities is None:
@@ -160,7 +163,7 @@ def episode_sheet(
             show_image(ax, query.pixels[i], RIGHT if right else WRONG)
             ax.set_title(
                 said if right else f"{names[taken]}?\n{said}", fontsize=7, pad=2, linespacing=1.0,
-                color="black" if right else WRONG,
+                color="black" if right else WRONG, parse_math=False,
             )  # fmt: skip
     narrow = predictions is None or axes.shape[1] - shots < 5
     caption = "queries" if narrow else "queries, and what they were taken for"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -95,8 +96,10 @@ def save(figures: Mapping[str, Figure], folder: str | Path, format: Format = "pn
     Path(folder).mkdir(parents=True, exist_ok=True)
     paths = [Path(folder, f"{name}.{kind}") for name in figures
              for kind in dict.fromkeys(("png", format))]  # fmt: skip
-    for path in paths:
-        figures[path.stem].savefig(path, dpi=160)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of names of classes
+        for path in paths:
+            figures[path.stem].savefig(path, dpi=160)
     return [str(path) for path in paths]
 
 

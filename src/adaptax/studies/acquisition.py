@@ -31,6 +31,7 @@ def analyze_active(
     episodes: int = 300,
     split: Literal["test", "val"] = "test",
     set: Sequence[str] = (),
+    trust: Sequence[str] = (),
     seed: int = 0,
     **where: Any,
 ) -> Study:
@@ -47,6 +48,7 @@ def analyze_active(
         episodes: test tasks.
         split: whose tasks.
         set: settings of how the runs adapt, such as `"learner.reduction=balanced"`.
+        trust: modules of your own that the runs name and may import.
         seed: names the tasks.
         where: `out`, `data_root` and `progress` of `Lab.at`.
 
@@ -54,7 +56,7 @@ def analyze_active(
         FileNotFoundError: if there is no run.
         ValueError: if the runs are of different tasks, or of such as have no labels.
     """
-    loaded = [load_run(folder, data_root=where.get("data_root")) for folder in runs]
+    loaded = [load_run(folder, data_root=where.get("data_root"), trust=trust) for folder in runs]
     families = sorted({run.experiment.tasks for run in loaded})
     for folder, run in zip(runs, loaded):
         if run.experiment.tasks in ENVIRONMENTS:

@@ -246,6 +246,13 @@ class Episodes(HostTaskDistribution):
             return self.fetch(plan)
         return self.design.task(self.examples(plan.rows), plan.turns)
 
+    def named(self, key: PRNGKeyArray) -> list[str]:
+        """Return the names of the classes of the episode of this key, by label."""
+        row = np.asarray(self.plan(key).rows)[:, :1]
+        start, count = np.asarray(self.start), np.asarray(self.count)
+        own = ((row >= start) & (row < start + count)).argmax(axis=1)
+        return [self.classes[i] for i in own]
+
     def describe(self) -> dict[str, Any]:
         """Return name, ways, shots, queries, split, number of classes and details of the data."""
         times = 4 if self.design.rotations == "classes" else 1
