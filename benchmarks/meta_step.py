@@ -1,15 +1,18 @@
-"""One second-order MAML meta-step on Omniglot's network, side by side with PyTorch.
+"""One second-order MAML meta-step on Omniglot's or miniImageNet's net, side by side with PyTorch.
 
-5-way 1-shot, 15 queries a class, 5 inner steps, 16 tasks; the four-block network with strides,
-biases, batch normalisation by the batch (shift only) and ReLU; every parameter adapted. All start
-from the same weights and see the same tasks, and their meta-gradients are compared, once in
-float64, where they must be equal, and in the float32 of the measurement. Ratios are to the faster
-of PyTorch with all cores and with one.
+5-way 1-shot, 15 queries a class, 5 inner steps; the four-block network with biases, batch
+normalisation by the batch (shift only) and ReLU; every parameter adapted. `--images 28`: strides,
+64 filters, 16 tasks. `--images 84`: max pooling, 32 filters, 4 tasks. All start from the same
+weights and see the same tasks, and their meta-gradients are compared, once in float64, where they
+must be equal, and in the float32 of the measurement. Ratios are to the faster of PyTorch with all
+cores and with one.
 
     python benchmarks/meta_step.py --json benchmarks/results/meta_step.json
+    python benchmarks/meta_step.py --images 84 --json benchmarks/results/meta_step-84.json
 """
 
 import argparse
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -17,7 +20,12 @@ from pathlib import Path
 import measure
 import numpy as np
 
-WAY, QUERY, TASKS, STEPS, LR, FILTERS, EPS = 5, 15, 16, 5, 0.1, 64, 1e-3
+WAY, QUERY, STEPS, LR, EPS = 5, 15, 5, 0.1, 1e-3
+SIDE = int(os.environ.get("META_STEP_SIDE", "28"))  # of the workers, from the command line
+FIRST_ORDER = os.environ.get("META_STEP_FIRST_ORDER") == "1"
+TASKS, FILTERS, CHANNELS = (16, 64, 1) if SIDE == 28 else (4, 32, 3)
+STRIDE = 2 if SIDE == 28 else 1
+FEATURES = FILTERS if SIDE == 28 else FILTERS * (SIDE // 16) ** 2
 IMPLEMENTATIONS = ["torch eager", "adaptax Conv4", "adaptax Flax NNX"]
 EXACT = ", float64"
 GRADIENTS = Path(tempfile.gettempdir()) / "adaptax_meta_step"
@@ -26,22 +34,22 @@ GRADIENTS = Path(tempfile.gettempdir()) / "adaptax_meta_step"
 def weights(dtype):
     """`conv{i}` (h, w, in, out) and `bias{i}`, `shift{i}`, then `head` and `head_bias`."""
     rng = np.random.default_rng(0)
-    made, channels = {}, 1
+    made, channels = {}, CHANNELS
     for i in range(4):
         made[f"conv{i}"] = rng.normal(size=(3, 3, channels, FILTERS)) / np.sqrt(9 * channels)
         made[f"bias{i}"], made[f"shift{i}"] = np.zeros(FILTERS), np.zeros(FILTERS)
         channels = FILTERS
-    made["head"] = rng.normal(size=(FILTERS, WAY)) / np.sqrt(FILTERS)
+    made["head"] = rng.normal(size=(FEATURES, WAY)) / np.sqrt(FEATURES)
     made["head_bias"] = np.zeros(WAY)
     return {name: value.astype(dtype) for name, value in made.items()}
 
 
 def tasks(dtype):
-    """Support and query of all tasks: images `(tasks, n, 28, 28, 1)` and labels `(tasks, n)`."""
+    """Support and query of all tasks: images `(tasks, n, h, w, c)` and labels `(tasks, n)`."""
     rng = np.random.default_rng(1)
     labels = np.tile(np.arange(WAY), (TASKS, 1))
     xs, xq = (
-        rng.random((TASKS, n, 28, 28, 1)).astype(dtype) for n in (WAY, WAY * QUERY)
+        rng.random((TASKS, n, SIDE, SIDE, CHANNELS)).astype(dtype) for n in (WAY, WAY * QUERY)
     )  # fmt: skip
     return xs, labels, xq, np.repeat(labels, QUERY, axis=1)
 
@@ -52,7 +60,7 @@ def run_torch(dtype, threads=measure.CORES):
 
     torch.set_num_threads(threads)
     # Padding "SAME" puts an even image's extra row last, PyTorch's first: mirror the images and
-    # the kernels, and the two networks are the same function.
+    # the kernels, and the two networks are the same function. Without strides there is none.
     start = time.perf_counter()
     params = {
         name: torch.tensor(to_torch(name, value)).requires_grad_()
@@ -60,13 +68,16 @@ def run_torch(dtype, threads=measure.CORES):
     }
     names, ones = list(params), torch.ones_like(params["shift0"]).detach()
     xs, ys, xq, yq = (torch.tensor(a) for a in tasks(dtype))
-    xs, xq = (x.flip(2, 3).permute(0, 1, 4, 2, 3).contiguous() for x in (xs, xq))
+    xs, xq = (x.flip(2, 3) if STRIDE > 1 else x for x in (xs, xq))
+    xs, xq = (x.permute(0, 1, 4, 2, 3).contiguous() for x in (xs, xq))
 
     def net(p, x):
         for i in range(4):
-            x = F.conv2d(x, p[f"conv{i}"], p[f"bias{i}"], stride=2, padding=1)
+            x = F.conv2d(x, p[f"conv{i}"], p[f"bias{i}"], stride=STRIDE, padding=1)
             x = F.relu(F.batch_norm(x, None, None, ones, p[f"shift{i}"], True, 0.0, EPS))
-        return F.linear(x.mean((2, 3)), p["head"], p["head_bias"])
+            x = x if STRIDE > 1 else F.max_pool2d(x, 2)
+        x = x.mean((2, 3)) if STRIDE > 1 else x.permute(0, 2, 3, 1).flatten(1)
+        return F.linear(x, p["head"], p["head_bias"])
 
     def step():
         for p in params.values():
@@ -76,7 +87,9 @@ def run_torch(dtype, threads=measure.CORES):
             adapted = params
             for _ in range(STEPS):
                 loss = F.cross_entropy(net(adapted, xs[i]), ys[i])
-                grads = torch.autograd.grad(loss, list(adapted.values()), create_graph=True)
+                grads = torch.autograd.grad(
+                    loss, list(adapted.values()), create_graph=not FIRST_ORDER
+                )
                 adapted = {n: adapted[n] - LR * g for n, g in zip(names, grads)}
             loss = F.cross_entropy(net(adapted, xq[i]), yq[i]) / TASKS
             loss.backward()
@@ -91,13 +104,15 @@ def run_torch(dtype, threads=measure.CORES):
 
 def to_torch(name, value):
     if name.startswith("conv"):
-        return value[::-1, ::-1].transpose(3, 2, 0, 1).copy()
+        value = value[::-1, ::-1] if STRIDE > 1 else value
+        return value.transpose(3, 2, 0, 1).copy()
     return value.T.copy() if name == "head" else value
 
 
 def from_torch(name, value):
     if name.startswith("conv"):
-        return value.transpose(2, 3, 1, 0)[::-1, ::-1]
+        value = value.transpose(2, 3, 1, 0)
+        return value[::-1, ::-1] if STRIDE > 1 else value
     return value.T if name == "head" else value
 
 
@@ -113,8 +128,9 @@ def run_adaptax(dtype, build, fast_path=True):
     jax.config.update("jax_enable_x64", dtype == np.float64)
     model, read = build({name: jnp.asarray(value) for name, value in weights(dtype).items()})
     learner = ax.MAML(
-        ax.losses.cross_entropy, inner_lr=LR, inner_steps=STEPS, adapt_only=ax.tree.every
-    )
+        ax.losses.cross_entropy, inner_lr=LR, inner_steps=STEPS, adapt_only=ax.tree.every,
+        first_order=FIRST_ORDER,
+    )  # fmt: skip
     xs, ys, xq, yq = (jnp.asarray(a) for a in tasks(dtype))
     batch = ax.Task(ax.Batch(xs, ys), ax.Batch(xq, yq))
     params, fixed = eqx.partition(model, eqx.is_inexact_array)
@@ -150,19 +166,19 @@ def conv4(w):
         blocks = [(conv.weight, conv.bias, norm.shift) for conv, norm in model.blocks]
         return [*(leaf for block in blocks for leaf in block), model.head.weight, model.head.bias]
 
-    model = ax.models.Conv4(out=WAY, key=jax.random.key(0))
+    net = {} if SIDE == 28 else ax.models.CONV4["maml mini_imagenet"]
+    model = ax.models.Conv4(out=WAY, key=jax.random.key(0), **net)
     return eqx.tree_at(leaves, model, list(w.values())), lambda m: dict(zip(w, leaves(m)))
 
 
 def flax(w):
-    import jax
     from flax import nnx
 
     class Net(nnx.Module):
         def __init__(self, rngs):
             self.convs = nnx.List(
-                nnx.Conv(1 if i == 0 else FILTERS, FILTERS, (3, 3), strides=2, rngs=rngs)
-                for i in range(4)
+                nnx.Conv(c, FILTERS, (3, 3), strides=STRIDE, rngs=rngs)
+                for c in (CHANNELS, FILTERS, FILTERS, FILTERS)
             )
             self.norms = nnx.List(
                 nnx.BatchNorm(
@@ -170,12 +186,13 @@ def flax(w):
                 )
                 for _ in range(4)
             )
-            self.head = nnx.Linear(FILTERS, WAY, rngs=rngs)
+            self.head = nnx.Linear(FEATURES, WAY, rngs=rngs)
 
         def __call__(self, x):
             for conv, norm in zip(self.convs, self.norms):
                 x = nnx.relu(norm(conv(x)))
-            return self.head(jax.numpy.mean(x, axis=(1, 2)))
+                x = x if STRIDE > 1 else nnx.max_pool(x, (2, 2), (2, 2))
+            return self.head(x.mean((1, 2)) if STRIDE > 1 else x.reshape(len(x), -1))
 
     def variables(model):
         made = {}
@@ -218,14 +235,20 @@ def main():
     parser.add_argument("--json", help="write the results there")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--native", action="store_true", help="Flax without the fast path, too")
+    parser.add_argument("--images", type=int, choices=(28, 84), default=28, help="their side")
+    parser.add_argument("--first-order", action="store_true")
+    parser.add_argument("--inexact", action="store_true", help="without the check in float64")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    os.environ["META_STEP_SIDE"] = str(args.images)
+    os.environ["META_STEP_FIRST_ORDER"] = str(int(args.first_order))
     if args.worker:
         return worker(args.worker)
     names = [*IMPLEMENTATIONS, "torch eager, one thread"] + [
         "adaptax Flax NNX, native"
     ] * args.native
-    for name in IMPLEMENTATIONS:
+    exact = [] if args.inexact else IMPLEMENTATIONS
+    for name in exact:
         measure.Worker(__file__, name + EXACT).stop()
     results = measure.take_turns(__file__, names, args.repeats)
     # Beside a busy neighbour, PyTorch's threads wait for each other, and one of them is faster.
@@ -233,17 +256,18 @@ def main():
     for name, record in results.items():
         record["times_faster_than_torch"] = base / record["seconds"]
         record["gradient_difference_float32"] = disagreement(name, "")
-        if name in IMPLEMENTATIONS:
+        if name in exact:
             record["gradient_difference_float64"] = disagreement(name, EXACT)
     measure.table(
-        "Second-order MAML meta-step, Omniglot conv4, 16 tasks, 5 steps",
+        f"{'First' if args.first_order else 'Second'}-order MAML meta-step, images of "
+        f"{args.images}x{args.images}, {16 if args.images == 28 else 4} tasks, 5 steps",
         ["", "s / step", "processor s", "× best torch", "first call s", "peak MB", "of it running",
          "Δ gradient", "in float64"],
         [
             (name, r["seconds"], r["cpu_seconds"], r["times_faster_than_torch"],
              r["compile_seconds"], round(r["peak_mb"]), round(r["running_mb"]),
              f"{r['gradient_difference_float32']:.0e}",
-             f"{r['gradient_difference_float64']:.0e}" if name in IMPLEMENTATIONS else "")
+             f"{r['gradient_difference_float64']:.0e}" if name in exact else "")
             for name, r in results.items()
         ],
     )  # fmt: skip

@@ -1,4 +1,6 @@
+import functools
 import itertools
+import re
 
 import equinox as eqx
 import jax
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from adaptax import conv_forms
 from adaptax.conv import conv, fast
 
 
@@ -154,10 +157,128 @@ def same(x, kernel, padding="SAME", **how):
 
 
 X, K = (2, 6, 6, 4), (3, 3, 4, 4)
+IN_GROUPS = {
+    "groups": lambda x, k: same(x, k[:, :, :2], feature_group_count=2),
+    "depthwise": lambda x, k: same(x, k[:, :, :1], feature_group_count=4),
+    "depthwise, two each": lambda x, k: same(
+        x, jnp.concatenate([k, k + 1], -1)[:, :, :1], feature_group_count=4
+    ),
+    "strided": lambda x, k: lax.conv_general_dilated(
+        x, k[:, :, :2], (2, 1), [(1, 0), (2, 1)], dimension_numbers=LAST[2], feature_group_count=2
+    ),
+    "dilated kernel": lambda x, k: same(x, k, rhs_dilation=(2, 3)),
+    "dilated, in groups": lambda x, k: same(
+        x, k[:, :, :2], rhs_dilation=(2, 1), feature_group_count=2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IN_GROUPS)
+def test_groups_and_dilated_kernels(name):
+    x, kernel = normal(0, *X), normal(1, *K)
+    plain = IN_GROUPS[name]
+    assert convolutions(fast(plain, True), x, kernel) == 0
+    agree(fast(plain, True), plain, x, kernel)
+    grad = lambda f: jax.grad(derivatives(f, 1), (0, 1))
+    agree(grad(fast(plain, True)), grad(plain), x, kernel)
+
+
+FORMS = [
+    ("forward_native", "forward_windows"),
+    ("to_input_mirrored", "to_input_windows"),
+    ("to_kernel_split", "to_kernel_windows"),
+    ("to_kernel_planes", "to_kernel_windows"),
+]
+
+
+@pytest.mark.parametrize("names", FORMS, ids=lambda names: names[0])
+@pytest.mark.parametrize("cache", [1, 2**20], ids=["image by image", "at once"])
+def test_forms_of_a_contraction_are_equal(names, cache, monkeypatch):
+    monkeypatch.setattr(conv_forms, "CACHE", cache)
+    for window, padding in (((3, 3), "SAME"), ((3, 2), ((0, 2), (1, 0))), ((1, 1), "VALID")):
+        size = (6, 5)
+        pads = (
+            lax.padtype_to_pads(size, window, (1, 1), padding)
+            if padding in ("SAME", "VALID")
+            else padding
+        )
+        geometry = conv_forms.Geometry(size, window, (1, 1), tuple(pads), (1, 1))
+        assert geometry.plain
+        x, kernel = normal(0, 3, *size, 2), normal(1, *window, 2, 4)
+        y = normal(2, 3, *geometry.outsize, 4)
+        given = {"forward": (x, kernel), "to_input": (kernel, y), "to_kernel": (x, y)}
+        of = given[names[0].rpartition("_")[0]]
+        ours, theirs = (
+            functools.partial(getattr(conv_forms, name), geometry=geometry) for name in names
+        )
+        agree(ours, theirs, *of)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_derivatives_of_plain_convolutions_are_our_own_and_equal_the_native_ones(order, dtype):
+    x, kernel = normal(0, 2, 5, 6, 9) / 9, normal(1, 3, 2, 9, 3)
+    ours = jax.grad(derivatives(lambda x, k: conv(x, k, strides=(1, 1)), order - 1), (0, 1))
+    theirs = jax.grad(derivatives(lambda x, k: native(x, k, (1, 1), "SAME"), order - 1), (0, 1))
+    given = x.astype(dtype), kernel.astype(dtype)
+    found, expected = quick(ours)(*given), quick(theirs)(x, kernel)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == dtype
+        error = float(jnp.abs(a - b).max() / jnp.abs(b).max())
+        assert error < (1e-12 if dtype == "float64" else 1e-4)
+    text = str(jax.make_jaxpr(ours)(*given))
+    assert "conv_general" not in text
+    assert {"conv_forward", "conv_to_kernel"} <= set(re.findall(r"conv_\w+", text))
+
+
+def test_one_kernel_for_mapped_images_is_one_convolution():
+    xs, kernel = normal(0, 4, 2, 5, 5, 3), normal(1, 3, 3, 3, 2)
+    one = lambda x: conv(x, kernel, strides=(1, 1))
+    mapped = jax.vmap(one)
+    assert str(jax.make_jaxpr(mapped)(xs)).count("conv_forward") == 1
+    agree(mapped, lambda xs: jnp.stack([one(x) for x in xs]), xs)
+    slope = lambda f: jax.grad(lambda xs: jnp.sum(jnp.sin(f(xs))))
+    agree(slope(mapped), slope(lambda xs: jnp.stack([one(x) for x in xs])), xs)
+    both = jax.vmap(
+        lambda x, k: jax.grad(lambda k: jnp.sum(jnp.sin(conv(x, k, strides=(1, 1)))))(k)
+    )
+    kernels = normal(2, 4, 3, 3, 3, 2)
+    each = lambda x, k: jax.grad(lambda k: jnp.sum(jnp.sin(native(x, k, (1, 1), "SAME"))))(k)
+    agree(both, lambda xs, ks: jnp.stack([each(*pair) for pair in zip(xs, ks)]), xs, kernels)
+
+
+def reduced(x, window=(1, 2, 2, 1), padding="VALID", **how):
+    return lax.reduce_window(x, -jnp.inf, lax.max, window, how.get("strides", window), padding)
+
+
+@pytest.mark.parametrize("window", [(1, 2, 2, 1), (1, 3, 2, 1), (1, 1, 2, 2), (2, 1, 3, 1)])
+def test_maxima_over_windows_side_by_side_are_replaced(window):
+    x = normal(0, 4, 7, 6, 4)
+    plain = lambda x: reduced(x, window)
+    assert "reduce_window" not in str(jax.make_jaxpr(fast(plain, True))(x))
+    agree(fast(plain, True), plain, x)
+    slope = lambda f: jax.grad(lambda x: jnp.sum(jnp.sin(f(x))))
+    twice = lambda f: jax.grad(lambda x: jnp.sum(jnp.sin(slope(f)(x))))
+    agree(lambda x: twice(fast(plain, True))(x), lambda x: twice(plain)(x), x)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x: reduced(x, strides=(1, 1, 1, 1)),
+        lambda x: reduced(x, padding="SAME"),
+        lambda x: reduced(x, (1, 2, 1, 1)),
+        lambda x: lax.reduce_window(x, 0.0, lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"),
+    ],
+)
+def test_other_windows_are_left_alone(other):
+    x = normal(0, 2, 5, 5, 3)
+    assert "reduce_window" in str(jax.make_jaxpr(fast(other, True))(x))
+    agree(fast(other, True), other, x)
+
+
 LEFT_ALONE = {
-    "grouped": lambda x, k: same(x, k[:, :, :2], feature_group_count=2),
     "batch groups": lambda x, k: same(x, k, batch_group_count=2),
-    "dilated kernel": lambda x, k: same(x, k, rhs_dilation=(2, 2)),
     "dilated input": lambda x, k: same(x, k, [(2, 2), (2, 2)], lhs_dilation=(2, 1)),
     "transposed": lambda x, k: lax.conv_transpose(x, k, (2, 2), "SAME"),
     "integer": lambda x, k: same(x.astype(int), (9 * k).astype(int)).astype(float),

@@ -6,7 +6,7 @@ import pytest
 from jax import lax
 
 from adaptax import tree
-from adaptax.models import CONV4, MLP, BatchNorm, Conv2d, Conv4, Linear, max_pool
+from adaptax.models import CONV4, MLP, BatchNorm, Conv2d, Conv4, Linear, layers, max_pool
 from adaptax.models.layers import _INITIALIZERS
 
 KEY = jax.random.key(0)
@@ -169,6 +169,50 @@ def test_conv4_pools_before_or_after_relu_alike():
     x = jnp.asarray(numbers(3, 21, 21, 2))
     before, after = (Conv4(out=5, key=KEY, down=down, **how) for down in ("pool-relu", "relu-pool"))
     close(*jax.jit(lambda x: (before(x), after(x)))(x))
+
+
+@pytest.mark.parametrize("scale", [None, [1.5, -0.7, 0.0]])
+def test_pooling_before_batch_norm_is_pooling_after_it(scale, x64):
+    norm = BatchNorm(3, scale=scale is not None)
+    if scale is not None:
+        norm = eqx.tree_at(lambda norm: norm.scale, norm, jnp.array(scale))
+    norm = eqx.tree_at(lambda norm: norm.shift, norm, jnp.array([0.1, -0.2, 0.3]))
+    x, weights = jnp.asarray(numbers(4, 6, 5, 3)), jnp.asarray(numbers(4, 3, 2, 3))
+
+    def run(function):
+        energy = lambda norm, x: jnp.sum(weights * jnp.sin(function(norm, x)))
+        slopes = lambda norm, x: jax.tree.leaves(jax.grad(energy, (0, 1))(norm, x))
+        again = lambda norm, x: sum(jnp.sum(jnp.cos(s)) for s in slopes(norm, x))
+        return energy(norm, x), slopes(norm, x), jax.grad(again, (0, 1))(norm, x)
+
+    before = jax.jit(lambda: run(lambda norm, x: norm(x, max_pool)))()
+    after = jax.jit(lambda: run(lambda norm, x: max_pool(norm(x))))()
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 5, 3), (80, 20, 8, 32), (300, 1000), (20, 70, 64, 4)])
+def test_moments_by_rows_are_those_of_numpy(shape, x64):
+    x = jnp.asarray(numbers(*shape)) + 1000.0
+    about, axes = x[(0,) * (len(shape) - 1)], tuple(range(len(shape) - 1))
+    plain = lambda x: (jnp.mean(x, axes) - about, jnp.var(x, axes))
+
+    def run(moments):
+        energy = lambda x: sum(jnp.sum(jnp.sin(each)) for each in moments(x))
+        slope = jax.grad(energy)
+        return moments(x), slope(x), jax.grad(lambda x: jnp.sum(slope(x) ** 2))(x)
+
+    found = jax.jit(lambda: (run(lambda x: layers.moments(x, about)), run(plain)))()
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9 * float(jnp.abs(b).max()))
+
+
+def test_the_derivative_of_a_maximum_is_shared_among_equals():
+    x = jnp.zeros((1, 2, 2, 1)).at[0, 0, 0, 0].set(-1.0)
+    slope = jax.grad(lambda x: max_pool(x).sum())(x)
+    np.testing.assert_allclose(slope.ravel(), [0, 1 / 3, 1 / 3, 1 / 3], rtol=1e-6)
+    rows = jax.vmap(jax.grad(lambda x: max_pool(x).sum()))(jnp.stack([x, x + 1]))
+    np.testing.assert_array_equal(rows[1], slope)
 
 
 def test_conv4_says_which_images_it_wants():

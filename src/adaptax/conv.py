@@ -1,15 +1,14 @@
-"""The convolution as slices and one matrix product, and the same for any model's convolutions.
+"""Convolutions whose derivatives of any order are convolutions, and the same for any model.
 
-XLA's CPU backend is slow at `conv_general_dilated` inside loops and in the layouts that
-differentiating twice makes. Slices, concatenation and a matrix product are fast everywhere, and
-closed under differentiation: their derivatives of any order are products, slices and pads again.
+XLA's CPU backend is slow at the convolutions that differentiation writes, above all at those to
+the kernel, and a hundredfold so inside loops. A convolution is a trilinear form, so that each of
+its three contractions has the other two as derivatives: as three primitives that know this, every
+derivative takes the form that is fast for it; see `adaptax.conv_forms`.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -17,8 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
+from . import conv_forms as forms
+from .conv_forms import Geometry
+from .pooling import max_pool
 from .rewrite import rewritten
 
 Padding = str | Sequence[tuple[int, int]]
@@ -30,61 +34,165 @@ def conv(
     *,
     strides: Sequence[int],
     padding: Padding = "SAME",
+    dilation: Sequence[int] | None = None,
     precision: Any = None,
     preferred_element_type: Any = None,
 ) -> Float[Array, "n *outsize out"]:
-    """`y[n, p, o] = Σ_{q, c} x[n, s·p + q, c] · kernel[q, c, o]`, in any number of dimensions.
+    """`y[n, p, o] = Σ_{q, c} x[n, s·p + d·q, c] · kernel[q, c, o]`, in any number of dimensions.
 
     Args:
         x: channels last.
         kernel: window, input channels, output channels.
         strides: one for each dimension.
         padding: `"SAME"`, `"VALID"`, or `(low, high)` for each dimension.
+        dilation: of the kernel, one for each dimension; 1 if `None`.
         precision: of the matrix product, as in `jax.lax.dot_general`.
         preferred_element_type: of its accumulation and result, as there.
     """
-    window, (c, out) = kernel.shape[:-2], kernel.shape[-2:]
-    size = x.shape[1:-1]
+    geometry = _geometry(x, kernel, strides, padding, dilation)
+    out = preferred_element_type or x.dtype
+    if 0 in geometry.outsize:
+        return jnp.zeros((len(x), *geometry.outsize, kernel.shape[-1]), out)
+    if geometry.plain and x.dtype == kernel.dtype == out and 0 not in x.shape:
+        return _forward.bind(x, kernel, geometry=geometry, precision=_hashable(precision))
+    return forms.forward_windows(x, kernel, geometry, precision, preferred_element_type)
+
+
+def grouped(
+    x: Float[Array, "n *size c"],
+    kernel: Float[Array, "*window each out"],
+    groups: int,
+    *,
+    strides: Sequence[int],
+    padding: Padding = "SAME",
+    dilation: Sequence[int] | None = None,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+) -> Float[Array, "n *outsize out"]:
+    """Convolve groups of channels each with its own kernels, depthwise where a group is a channel.
+
+    Args:
+        x: channels last.
+        kernel: window, input channels of a group, output channels, those of a group together.
+        groups: of channels.
+        strides: as in `conv`, as are the rest.
+        padding: there.
+        dilation: there.
+        precision: there.
+        preferred_element_type: there.
+    """
+    geometry = _geometry(x, kernel, strides, padding, dilation)
+    out = preferred_element_type or x.dtype
+    shape = (len(x), *geometry.outsize, kernel.shape[-1])
+    if 0 in shape or 0 in x.shape:
+        return jnp.zeros(shape, out)
+    each, taps = kernel.shape[-2], kernel.reshape(-1, kernel.shape[-2], groups, shape[-1] // groups)
+    seen = [a.reshape(*shape[:-1], groups, each) for a in forms.shifted(x, geometry)]
+    if each == 1:
+        y = sum(a.astype(out) * tap[0].astype(out) for a, tap in zip(seen, taps))
+    else:
+        depth = jnp.stack(seen, -2).reshape(-1, groups, len(seen) * each)
+        weights = jnp.moveaxis(taps, 2, 0).reshape(groups, len(seen) * each, -1)
+        y = jnp.einsum("lgd,gdo->lgo", depth, weights, precision=precision,
+                       preferred_element_type=preferred_element_type)  # fmt: skip
+    return y.reshape(shape)
+
+
+def _geometry(
+    x: Array,
+    kernel: Array,
+    strides: Sequence[int],
+    padding: Padding,
+    dilation: Sequence[int] | None,
+) -> Geometry:
+    size, window = x.shape[1:-1], kernel.shape[:-2]
+    dilation = (1,) * len(window) if dilation is None else tuple(dilation)
     if isinstance(padding, str):
-        padding = lax.padtype_to_pads(size, window, strides, padding)
-    extent = [n + low + high for n, (low, high) in zip(size, padding)]
-    outsize = [max((n - k) // s + 1, 0) for n, k, s in zip(extent, window, strides)]
-    if 0 in outsize:
-        return jnp.zeros((len(x), *outsize, out), preferred_element_type or x.dtype)
-    config = ((0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0))
-    x = lax.pad(x, jnp.zeros((), x.dtype), config)  # negative padding crops
-    # Written out once: fused into the concatenation, the padding costs a comparison an element.
-    x = lax.optimization_barrier(x)
-    columns = [
-        lax.slice(
-            x,
-            (0, *offset, 0),
-            (len(x), *(o + (m - 1) * s + 1 for o, m, s in zip(offset, outsize, strides)), c),
-            (1, *strides, 1),
-        )
-        for offset in itertools.product(*map(range, window))
-    ]
-    patches = jnp.concatenate(columns, axis=-1) if len(columns) > 1 else columns[0]
-    depth = math.prod(window) * c
-    y = jnp.dot(
-        patches.reshape(len(x) * math.prod(outsize), depth),
-        kernel.reshape(depth, out),
-        precision=precision,
-        preferred_element_type=preferred_element_type,
-    )
-    return y.reshape(len(x), *outsize, out)
+        reach = [d * (k - 1) + 1 for k, d in zip(window, dilation)]
+        padding = lax.padtype_to_pads(size, reach, strides, padding)
+    pairs = tuple((int(low), int(high)) for low, high in padding)
+    return Geometry(tuple(size), tuple(window), tuple(strides), pairs, dilation)
+
+
+def _hashable(precision: Any) -> Any:
+    return tuple(precision) if isinstance(precision, list) else precision
+
+
+# The three contractions as primitives
+
+
+def _contraction(name: str, form: Callable[..., Array], plain: Callable[..., Array]) -> Primitive:
+    """A primitive of two operands, linear in each.
+
+    Args:
+        name: of the primitive.
+        form: what it is compiled as.
+        plain: the same in operations of JAX, for what is mapped over both operands.
+    """
+    primitive = Primitive(name)
+    compiled = jax.jit(form, static_argnames=("geometry", "precision"))
+
+    def shape(a: Any, b: Any, **how: Any) -> Any:
+        out = jax.eval_shape(functools.partial(plain, **how), *map(_struct, (a, b)))
+        return jax.core.ShapedArray(out.shape, out.dtype)
+
+    primitive.def_impl(compiled)
+    primitive.def_abstract_eval(shape)
+    for kind, platform in ((plain, None), (form, "cpu")):
+        lowered = mlir.lower_fun(kind, multiple_results=False)
+        mlir.register_lowering(primitive, lowered, platform=platform)
+
+    def mapped(operands: Sequence[Any], axes: Sequence[Any], **how: Any) -> tuple[Array, int]:
+        images = {"conv_forward": 0, "conv_to_input": 1}.get(name)
+        if images is not None and axes[1 - images] is None:  # images of one kernel: more of them
+            moved = jnp.moveaxis(operands[images], axes[images], 0)
+            together = [*operands]
+            together[images] = moved.reshape(-1, *moved.shape[2:])
+            found = primitive.bind(*together, **how)
+            return found.reshape(*moved.shape[:2], *found.shape[1:]), 0
+        return jax.vmap(functools.partial(plain, **how), axes)(*operands), 0
+
+    batching.primitive_batchers[primitive] = mapped
+    return primitive
+
+
+def _struct(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+_forward = _contraction("conv_forward", forms.forward, forms.forward_windows)
+_to_input = _contraction("conv_to_input", forms.to_input, forms.to_input_windows)
+_to_kernel = _contraction("conv_to_kernel", forms.to_kernel, forms.to_kernel_windows)
+
+# Of T(x, w, y): each is its derivative with respect to what is missing, and has the two others.
+ad.defbilinear(
+    _forward,  # of x and w
+    lambda y, x, w, **how: _to_input.bind(w, y, **how),
+    lambda y, x, w, **how: _to_kernel.bind(x, y, **how),
+)
+ad.defbilinear(
+    _to_input,  # of w and y
+    lambda x, w, y, **how: _to_kernel.bind(x, y, **how),
+    lambda x, w, y, **how: _forward.bind(x, w, **how),
+)
+ad.defbilinear(
+    _to_kernel,  # of x and y
+    lambda w, x, y, **how: _to_input.bind(w, y, **how),
+    lambda w, x, y, **how: _forward.bind(x, w, **how),
+)
 
 
 FastPath = bool | Literal["auto"]
 
 
 def fast(function: Callable[..., Any], enabled: FastPath = "auto") -> Callable[..., Any]:
-    """The same function, its plain convolutions replaced by `conv`; differentiable as before.
+    """The same function, its convolutions and poolings replaced by ours; differentiable as before.
 
     `adaptax.fit`, `evaluate` and `meta_value_and_grad` apply this to a learner's loss, so a model
-    of any library gets the fast convolution unchanged. The function is traced to a jaxpr and that
-    is evaluated, descending into `jit`, `scan`, `cond`, `while` and `checkpoint`. Grouped, dilated
-    and transposed convolutions are left as they are, and custom derivative rules keep theirs.
+    of any library gets the fast forms unchanged. The function is traced to a jaxpr and that is
+    evaluated, descending into `jit`, `scan`, `cond`, `while` and `checkpoint`. Convolutions become
+    `conv`, in groups too, and maxima over windows that lie side by side `pooling.max_pool`.
+    Transposed convolutions are left as they are, and custom derivative rules keep theirs.
 
     Args:
         function: pure; its arrays may be anywhere in its arguments.
@@ -96,34 +204,60 @@ def fast(function: Callable[..., Any], enabled: FastPath = "auto") -> Callable[.
 
 
 def _replacement(equation: Any) -> Callable[..., Array] | None:
-    if equation.primitive.name != "conv_general_dilated" or not _plain(equation):
-        return None
-    return functools.partial(_matmul_form, params=equation.params)
+    if equation.primitive.name == "conv_general_dilated" and _plain(equation):
+        return functools.partial(_any_layout, params=equation.params)
+    if equation.primitive.name == "reduce_window_max" and _side_by_side(equation):
+        return functools.partial(_pooled, params=equation.params)
+    return None
 
 
 def _plain(equation: Any) -> bool:
-    """No groups and no dilation of either side; real floating point."""
+    """No groups of the batch and no dilation of the images; real floating point."""
     params, types = equation.params, [v.aval.dtype for v in (*equation.invars, *equation.outvars)]
     return (
-        params["feature_group_count"] == params["batch_group_count"] == 1
-        and set(params["lhs_dilation"]) | set(params["rhs_dilation"]) <= {1}
+        params["batch_group_count"] == 1
+        and set(params["lhs_dilation"]) <= {1}
         and all(jnp.issubdtype(dtype, jnp.floating) for dtype in types)
     )
 
 
-def _matmul_form(x: Array, kernel: Array, params: dict[str, Any]) -> Array:
+def _any_layout(x: Array, kernel: Array, params: dict[str, Any]) -> Array:
     """`conv_general_dilated` of any layout through `conv`, which wants channels last."""
-    layout = params["dimension_numbers"]
+    layout, groups = params["dimension_numbers"], params["feature_group_count"]
     channels_last = (layout.lhs_spec[0], *layout.lhs_spec[2:], layout.lhs_spec[1])
     window_first = (*layout.rhs_spec[2:], layout.rhs_spec[1], layout.rhs_spec[0])
-    y = conv(
-        lax.transpose(x, channels_last),
-        lax.transpose(kernel, window_first),
-        strides=params["window_strides"],
-        padding=params["padding"],
-        precision=params["precision"],
-        preferred_element_type=params["preferred_element_type"],
-    )
+    how = {
+        "strides": params["window_strides"],
+        "padding": params["padding"],
+        "dilation": params["rhs_dilation"],
+        "precision": params["precision"],
+        "preferred_element_type": params["preferred_element_type"],
+    }
+    x, kernel = lax.transpose(x, channels_last), lax.transpose(kernel, window_first)
+    y = conv(x, kernel, **how) if groups == 1 else grouped(x, kernel, groups, **how)
     out = layout.out_spec
     position = np.argsort((out[0], *out[2:], out[1]))
     return lax.transpose(y, tuple(int(p) for p in position))
+
+
+def _side_by_side(equation: Any) -> bool:
+    """Whether a maximum is of two dimensions of four, over windows that lie side by side."""
+    params, x = equation.params, equation.invars[0].aval
+    window, strides = params["window_dimensions"], params["window_strides"]
+    return (
+        len(window) == 4
+        and window == strides
+        and sum(size > 1 for size in window) == 2
+        and set(params["base_dilation"]) | set(params["window_dilation"]) == {1}
+        and not any(map(any, params["padding"]))
+        and jnp.issubdtype(x.dtype, jnp.floating)
+    )
+
+
+def _pooled(x: Array, params: dict[str, Any]) -> Array:
+    window = params["window_dimensions"]
+    inner = [axis for axis, size in enumerate(window) if size > 1]
+    first, last = (axis for axis in range(4) if axis not in inner)
+    order = (first, *inner, last)
+    y = max_pool(lax.transpose(x, order), window=(window[inner[0]], window[inner[1]]))
+    return lax.transpose(y, tuple(int(p) for p in np.argsort(order)))

@@ -102,7 +102,11 @@ def _train_and_test_all(config: dict[str, Any], path: Path, options: Train | Rec
         folder = path / f"seed{seed}"
         found.append(
             _train_and_test(
-                one, folder, as_json=options.json, format=options.format, command=command,
+                one,
+                folder,
+                as_json=options.json,
+                format=options.format,
+                command=command,
                 quiet=True,
             )
         )
@@ -155,9 +159,7 @@ def _spread(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def pictures(
-    trained: Trained, scores: Report, path: Path, format: Format = "png"
-) -> list[str]:
+def pictures(trained: Trained, scores: Report, path: Path, format: Format = "png") -> list[str]:
     """Write the plots of a run and its test scores; return their paths."""
     experiment, learner = trained.experiment, trained.experiment.build_learner()
     key, figures = jax.random.key(PICTURED), {}

@@ -101,6 +101,10 @@ def _size(aval: Any) -> int:
 def _each(equation: Any) -> float:
     """Return the operations for one number of the result."""
     name, params = equation.primitive.name, equation.params
+    if name.startswith("conv_") and "geometry" in params:  # n·p·q·c·o, of x, w and y
+        (a, b), geometry = (math.prod(v.aval.shape) for v in equation.invars), params["geometry"]
+        places = math.prod(geometry.window) * math.prod(geometry.outsize) / math.prod(geometry.size)
+        return 2.0 * math.sqrt(a * b * places / _size(equation.outvars[0].aval))
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         return 2.0 * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)

@@ -1,7 +1,8 @@
 """The networks of the papers, channels last, for a batch of inputs."""
 
+from ..pooling import max_pool
 from .conv4 import CONV4, Conv4
-from .layers import BatchNorm, Conv2d, Linear, max_pool
+from .layers import BatchNorm, Conv2d, Linear
 from .mlp import MLP
 from .policies import CategoricalMLP, GaussianMLP
 from .resnet12 import ResNet12
@@ -20,3 +21,4 @@ __all__ = [
     "WideResNet",
     "max_pool",
 ]
+# FIX

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import equinox as eqx
@@ -9,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .layers import BatchNorm, Conv2d, Init, Linear, max_pool
+from ..pooling import max_pool
+from .layers import BatchNorm, Conv2d, Init, Linear
 
 Down = Literal["stride", "relu-pool", "pool-relu"]
 
@@ -86,13 +88,11 @@ class Conv4(eqx.Module):
                 f"this network was built for images of shape {self.image} (height, width, "
                 f"channels), and was given {x.shape[1:]}; build it with image={x.shape[1:]}"
             )
+        # Pooling by the maximum before a function that rises or after it is the same.
+        pool = None if self.down == "stride" else functools.partial(max_pool, padding=self.padding)
         for conv, norm in self.blocks:
-            x = norm(conv(x))
-            if self.down == "pool-relu":
-                x = max_pool(x, self.padding)
+            x = norm(conv(x), pool)
             x = jax.nn.leaky_relu(x, self.slope) if self.slope else jax.nn.relu(x)
-            if self.down == "relu-pool":
-                x = max_pool(x, self.padding)
         return x.reshape(len(x), -1) if self.flatten else jnp.mean(x, axis=(1, 2))
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n out"]:

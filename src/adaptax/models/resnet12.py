@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .layers import BatchNorm, Linear, max_pool
+from ..pooling import max_pool
+from .layers import BatchNorm, Linear
 from .residual import Convolution, check_image
 
 

@@ -1,0 +1,123 @@
+"""Pooling by the maximum, whose derivatives of any order are as cheap as itself on a CPU."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, Float
+
+Window: TypeAlias = tuple[int, int]
+
+
+def max_pool(
+    x: Float[Array, "n h w c"],
+    padding: Literal["VALID", "SAME"] = "VALID",
+    window: Window = (2, 2),
+) -> Float[Array, "n h2 w2 c"]:
+    """Pool by the maximum of windows that lie side by side.
+
+    Where several pixels are the largest, the derivative is shared among them.
+
+    Args:
+        x: a batch of images.
+        padding: `"VALID"` drops rows and columns that fill no window, `"SAME"` keeps them.
+        window: rows and columns of one.
+    """
+    over = [size % each for size, each in zip(x.shape[1:3], window)]
+    if padding == "SAME":
+        pads = [(0, -left % each) for left, each in zip(over, window)]
+        x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
+    else:
+        x = x[:, : x.shape[1] - over[0], : x.shape[2] - over[1]]
+    pooled: Array = _maximum(x, window)
+    return pooled
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _maximum(x: Array, window: Window) -> Array:
+    return functools.reduce(jnp.maximum, _places(x, window))
+
+
+@_maximum.defjvp
+def _maximum_jvp(window: Window, primals: Any, tangents: Any) -> Any:
+    (x,), (dx,) = primals, tangents
+    y = _maximum(x, window)
+    return y, _pick.bind(x, y, dx, window=window)
+
+
+def _places(x: Array, window: Window) -> list[Array]:
+    """Return each of the pixels of every window."""
+    rows, columns = window
+    return [x[:, i::rows, j::columns] for i, j in itertools.product(range(rows), range(columns))]
+
+
+def _shares(x: Array, y: Array, window: Window) -> Array:
+    """Return in how many parts the derivative of a window goes."""
+    return functools.reduce(jnp.add, [(a == y).astype(x.dtype) for a in _places(x, window)])
+
+
+def _picked(x: Array, y: Array, v: Array, *, window: Window) -> Array:
+    """Return of every window the mean of `v` where `x` is the largest."""
+    places = zip(_places(x, window), _places(v, window))
+    chosen = [jnp.where(a == y, b, 0) for a, b in places]
+    return functools.reduce(jnp.add, chosen) / _shares(x, y, window)
+
+
+def _spread_out(x: Array, y: Array, v: Array, *, window: Window) -> Array:
+    """Share `v` of every window among the pixels where `x` is the largest."""
+    (rows, columns), (n, h, w, c) = window, y.shape
+    each, top, share = (
+        x.reshape(n, h, rows, w, columns, c),
+        y[:, :, None, :, None],
+        (v / _shares(x, y, window))[:, :, None, :, None],
+    )
+    return jnp.where(each == top, share, 0).reshape(x.shape)
+
+
+def _linear(name: str, form: Callable[..., Array]) -> Primitive:
+    """A primitive linear in its last operand, whose others are taken as constants."""
+    primitive = Primitive(name)
+
+    def shape(*avals: Any, **how: Any) -> Any:
+        given = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
+        out = jax.eval_shape(functools.partial(form, **how), *given)
+        return jax.core.ShapedArray(out.shape, out.dtype)
+
+    def jvp(primals: Sequence[Any], tangents: Sequence[Any], **how: Any) -> Any:
+        out, dv = primitive.bind(*primals, **how), tangents[-1]
+        if type(dv) is ad.Zero:
+            return out, ad.Zero.from_primal_value(out)
+        return out, primitive.bind(*primals[:-1], dv, **how)
+
+    def mapped(operands: Sequence[Any], axes: Sequence[Any], **how: Any) -> tuple[Array, int]:
+        return jax.vmap(functools.partial(form, **how), axes)(*operands), 0
+
+    primitive.def_impl(jax.jit(form, static_argnames="window"))
+    primitive.def_abstract_eval(shape)
+    mlir.register_lowering(primitive, mlir.lower_fun(form, multiple_results=False))
+    ad.primitive_jvps[primitive] = jvp
+    batching.primitive_batchers[primitive] = mapped
+    return primitive
+
+
+_pick, _spread = _linear("pool_pick", _picked), _linear("pool_spread", _spread_out)
+
+
+def _transposed(other: Primitive) -> Callable[..., Any]:
+    def rule(cotangent: Any, x: Any, y: Any, v: Any, **how: Any) -> list[Any]:
+        if type(cotangent) is ad.Zero:
+            return [None, None, ad.Zero(v.aval)]
+        return [None, None, other.bind(x, y, cotangent, **how)]
+
+    return rule
+
+
+ad.primitive_transposes[_pick] = _transposed(_spread)
+ad.primitive_transposes[_spread] = _transposed(_pick)
