@@ -14,10 +14,10 @@ SOURCE = ROOT / "src" / "adaptax"
 
 GROUND = {
     "task", "tree", "roles", "losses", "metrics", "io", "text", "process", "protocols", "origins",
-    "distributions", "checks",
+    "distributions", "checks", "caches",
 }  # fmt: skip
 PRIMITIVES = {"inner", "svgd", "conv", "rewrite", "batch_norm", "roots", "watch", "program", "look",
-              "switch"}  # fmt: skip
+              "switch", "conv_forms", "pooling"}  # fmt: skip
 ROOMS = {
     "ground": set(),
     "primitives": {"ground"},

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..caches import keep_programs
 from ..process import Interrupted
 from ..text import shown
 from . import commands
@@ -94,6 +95,7 @@ def _run(words: list[str]) -> int:
 
 def _call(options: object) -> None:
     """Run the command whose options these are."""
+    keep_programs()
     import jax
 
     # Errors come with all their frames, which tell ours from those of others.

@@ -18,6 +18,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from adaptax import caches
 from adaptax.io import is_stale, write_atomic
 from adaptax.tasks.content import Checksums, row_checksums
 from adaptax.tasks.files import DataError
@@ -58,12 +59,7 @@ class Cached(NamedTuple):
 
 def cache_root() -> Path:
     """Return the folder of decoded images: `ADAPTAX_CACHE`, else the user's cache folder."""
-    given = os.environ.get("ADAPTAX_CACHE")
-    if given:
-        return Path(given).expanduser()
-    import pooch
-
-    return Path(pooch.os_cache("adaptax")) / "decoded"
+    return caches.folder("decoded")
 
 
 def cached(name: str, key: Sequence[Any], shape: Sequence[int], fill: Fill) -> Cached:
