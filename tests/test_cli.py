@@ -24,10 +24,10 @@ from safetensors import safe_open
 import adaptax
 from adaptax.cli import main
 from adaptax.cli.app import _share_cores
-from adaptax.cli.inspection import image_format
 from adaptax.cli.progress import Watcher, watching
 from adaptax.engine.run import Run
 from adaptax.recipes import FAMILIES, LEARNERS, RECIPES, Experiment, book, changed, runs
+from adaptax.recipes.photos import image_format
 from adaptax.studies import ablation, comparison
 from adaptax.tasks import glyphs, images
 

@@ -114,7 +114,6 @@ def circles(files: dict[str, Path]) -> list[list[str]]:
 FILES = [p for p in sorted(SOURCE.rglob("*.py")) if p.name != "__init__.py" or p.parent != SOURCE]
 
 
-@pytest.mark.xfail(strict=True)
 def test_imports_follow_the_arrows():
     assert not wrong_arrows(modules(SOURCE))
 

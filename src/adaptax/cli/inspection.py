@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import glob
 import importlib.util
-import os
-import zipfile
 from collections.abc import Callable
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -20,14 +17,11 @@ from jaxtyping import Array
 from rich.table import Table
 
 from .. import io, metrics
-from ..recipes import Experiment, changed, effective
+from ..recipes import Experiment, changed
+from ..recipes.photos import image_format, queries_in, support_in
 from ..recipes.runs import adapt_and_predict, load_run
 from ..report.record import dump
 from ..task import Batch
-from ..tasks import images
-from ..tasks.episodes import Design
-from ..tasks.files import DataError, Files, is_hidden, open_files
-from ..tasks.mini_imagenet import IMAGENET_MEAN, IMAGENET_STD
 from ..text import shown
 from .commands import Evaluate, Predict
 from .console import consoles
@@ -66,9 +60,9 @@ def predict(options: Predict) -> None:
         )
     table = None if options.out is None else _table_format(Path(options.out))
     form = image_format(experiment, options.invert)
-    x, y, classes = _support(Path(options.support), form)
+    x, y, classes = support_in(Path(options.support), form)
     experiment = _for_classes(experiment, len(classes), options.support)
-    names, queries = _queries(options.query, form)
+    names, queries = queries_in(options.query, form)
     if options.steps is not None:
         learner = {**experiment.learner, _steps_name(experiment): options.steps}
         experiment = dataclasses.replace(experiment, learner=learner, evaluation={})
@@ -106,15 +100,15 @@ def _for_classes(experiment: Experiment, count: int, support: str) -> Experiment
     since training drew classes in random order. Nearest class means need no head.
 
     Raises:
-        DataError: if there are too few, or more than the head has outputs.
+        ValueError: if there are too few, or more than the head has outputs.
     """
     way = experiment.way or 1
     if count < 2:
-        raise DataError(f"{support} has {count} class folders; expected two or more")
+        raise ValueError(f"{support} has {count} class folders; expected two or more")
     if experiment.row.untrained:
         return changed(experiment, {"task": {"way": count}})
     if count > way:
-        raise DataError(
+        raise ValueError(
             f"{support} has {count} class folders, but the run was trained for {way} ways and its "
             f"head has {way} outputs; give it {way} or fewer, or train with --way {count}"
         )
@@ -177,92 +171,6 @@ def _table_format(file: Path) -> Callable[[list[dict[str, Any]]], bytes]:
                                  "or .json instead")  # fmt: skip
             return as_parquet
     raise ValueError(f"--out {shown(file)} should end in .csv, .json or .parquet")
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageFormat:
-    """How images become inputs of a network.
-
-    Args:
-        size: side in pixels.
-        channels: 1 or 3.
-        resample: filter.
-        design: scales, inverts and normalises.
-    """
-
-    size: int
-    channels: int
-    resample: str
-    design: Design
-
-
-def image_format(experiment: Experiment, invert: bool = False) -> ImageFormat:
-    """The format that the images of an experiment had in training.
-
-    Args:
-        experiment: on images.
-        invert: the other way round: for images that are light where those were dark.
-    """
-    task = effective(experiment)["task"]
-    channels = task.get("channels", experiment.family.channels)
-    normal: dict[str, Any] = {}
-    if task.get("normalise"):
-        normal = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    inverted = task.get("invert", False) != invert
-    design = Design(task.get("way", 2), 1, 0, invert=inverted, **normal)
-    resample = task.get("resample", "lanczos")
-    return ImageFormat(task.get("image_size", 28), channels, resample, design)
-
-
-def _support(where: Path, form: ImageFormat) -> tuple[Any, Any, list[str]]:
-    """Inputs, labels and class names of a folder of class folders."""
-    if not where.is_dir():
-        raise FileNotFoundError(f"--support {where} is not a folder; expected one folder a class")
-    classes = sorted(p.name for p in where.iterdir() if p.is_dir() and not is_hidden(p.name))
-    each = [_decode(where / name, form)[1] for name in classes]
-    if not each:
-        raise DataError(f"{where} has no class folders; expected one folder a class")
-    labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(x) for x in each])
-    return jnp.concatenate(each), jnp.asarray(labels), classes
-
-
-def _queries(words: tuple[str, ...], form: ImageFormat) -> tuple[list[str], Any]:
-    """Names and inputs of files, of the images below folders or in archives, and of patterns."""
-    names: list[str] = []
-    inputs = []
-    for word in words:
-        found = [word] if os.path.lexists(word) else sorted(glob.glob(word, recursive=True))
-        if not found:
-            raise FileNotFoundError(f"--query {word}: there is no such file or folder")
-        for one in found:
-            some, x = _decode(Path(one), form)
-            # Of a single folder the names are those below it.
-            alone = len(words) == len(found) == 1
-            names += [one if name == "" else name if alone else f"{one}/{name}" for name in some]
-            inputs.append(x)
-    if not inputs:
-        raise ValueError("--query wants files or folders of images")
-    return names, jnp.concatenate(inputs)
-
-
-def _decode(where: Path, form: ImageFormat) -> tuple[list[str], Any]:
-    """Names and inputs of all images below a folder or in an archive, or of one file, named ""."""
-    if where.is_file() and not zipfile.is_zipfile(where):
-        one = Files(where.parent, ("",), "", lambda name: where.read_bytes())
-        return [""], _pixels(one, [""], form)
-    if where.exists() and not (where.is_dir() or where.is_file()):
-        raise DataError(f"{where} is neither a file nor a folder")
-    with open_files(where) as files:
-        names = [name for name in files.names if images.is_image(name)]
-        if not names:
-            raise DataError(f"{where} holds no images; expected files such as 01.png")
-        return names, _pixels(files, names, form)
-
-
-def _pixels(files: Files, names: list[str], form: ImageFormat) -> Any:
-    pixels = np.empty((len(names), form.size, form.size, form.channels), np.uint8)
-    images.decode_into(pixels, files, names, resample=form.resample)
-    return form.design.inputs(jnp.asarray(pixels))
 
 
 def _steps_name(experiment: Experiment) -> str:
