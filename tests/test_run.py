@@ -160,9 +160,10 @@ GOOD = [{"step": s, "seconds": 0.1, "loss": 1.0, "validation": {"mse": 2.0}} for
         b'{"step": 4, "seconds": 1, "loss": [1]}', b'{"step": 4, "seconds": 1}',
         b'{"step": 4, "seconds": 1, "loss": 1, "validation": 5}',
         b'{"step": 4, "seconds": 1, "loss": 1, "validation": {"mse": "x"}}',
+        b'{"step": 4, "loss": 1, "seconds": 1' + b"0" * 400 + b"}",
         b'{"step": 4, "seconds": NaN, "loss": 1}', '{"step": 4, "löss"'.encode("latin-1"),
     ],
-    ids=range(24),
+    ids=range(25),
 )  # fmt: skip
 @pytest.mark.parametrize("place", [0, 1, 3])
 def test_a_damaged_line_of_metrics_loses_that_line_alone(line, place, tmp_path):

@@ -304,7 +304,9 @@ def _is_record(record: Any) -> bool:
 
     def numbers(values: Any) -> bool:
         return isinstance(values, dict) and all(
-            value is None or (type(value) in (int, float) and abs(value) < math.inf)
+            value is None
+            or (type(value) is float and abs(value) < math.inf)
+            or (type(value) is int and abs(value) < 2**63)
             for value in values.values()
         )
 
