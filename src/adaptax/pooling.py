@@ -23,7 +23,7 @@ def max_pool(
 ) -> Float[Array, "n h2 w2 c"]:
     """Pool by the maximum of windows that lie side by side.
 
-    Where several pixels are the largest, the derivative is shared among them.
+    Where several pixels are the largest, the derivative is of the first, as in PyTorch.
 
     Args:
         x: a batch of images.
@@ -48,8 +48,7 @@ def _maximum(x: Array, window: Window) -> Array:
 @_maximum.defjvp
 def _maximum_jvp(window: Window, primals: Any, tangents: Any) -> Any:
     (x,), (dx,) = primals, tangents
-    y = _maximum(x, window)
-    return y, _pick.bind(x, y, dx, window=window)
+    return _maximum(x, window), _pick.bind(_first(x, window), dx, window=window)
 
 
 def _places(x: Array, window: Window) -> list[Array]:
@@ -58,31 +57,38 @@ def _places(x: Array, window: Window) -> list[Array]:
     return [x[:, i::rows, j::columns] for i, j in itertools.product(range(rows), range(columns))]
 
 
-def _shares(x: Array, y: Array, window: Window) -> Array:
-    """Return in how many parts the derivative of a window goes."""
-    return functools.reduce(jnp.add, [(a == y).astype(x.dtype) for a in _places(x, window)])
+def _first(x: Array, window: Window) -> Array:
+    """Return which pixel of every window is the largest.
+
+    Decided once, and not by comparing with the maximum: a compiler may round the two otherwise, and
+    then no pixel were equal to it.
+    """
+    best, *others = _places(x, window)
+    which = jnp.zeros(best.shape, jnp.uint8 if len(others) < 255 else jnp.int32)
+    for k, other in enumerate(others, 1):
+        better = other > best
+        best, which = jnp.where(better, other, best), jnp.where(better, k, which)
+    return which
 
 
-def _picked(x: Array, y: Array, v: Array, *, window: Window) -> Array:
-    """Return of every window the mean of `v` where `x` is the largest."""
-    places = zip(_places(x, window), _places(v, window))
-    chosen = [jnp.where(a == y, b, 0) for a, b in places]
-    return functools.reduce(jnp.add, chosen) / _shares(x, y, window)
-
-
-def _spread_out(x: Array, y: Array, v: Array, *, window: Window) -> Array:
-    """Share `v` of every window among the pixels where `x` is the largest."""
-    (rows, columns), (n, h, w, c) = window, y.shape
-    each, top, share = (
-        x.reshape(n, h, rows, w, columns, c),
-        y[:, :, None, :, None],
-        (v / _shares(x, y, window))[:, :, None, :, None],
+def _picked(which: Array, v: Array, *, window: Window) -> Array:
+    """Return of every window the pixel of `v` that was the largest."""
+    return functools.reduce(
+        jnp.add, [jnp.where(which == k, v, 0) for k, v in enumerate(_places(v, window))]
     )
-    return jnp.where(each == top, share, 0).reshape(x.shape)
+
+
+def _spread(which: Array, v: Array, *, window: Window) -> Array:
+    """Put `v` of every window where the largest pixel was, and zeros elsewhere."""
+    (rows, columns), (n, h, w, c) = window, v.shape
+    place = jnp.arange(rows * columns, dtype=which.dtype).reshape(rows, 1, columns, 1)
+    chosen = which[:, :, None, :, None] == place
+    found = jnp.where(chosen, v[:, :, None, :, None], 0)
+    return found.reshape(n, rows * h, columns * w, c)
 
 
 def _linear(name: str, form: Callable[..., Array]) -> Primitive:
-    """A primitive linear in its last operand, whose others are taken as constants."""
+    """A primitive linear in its second operand; the first says which pixels."""
     primitive = Primitive(name)
 
     def shape(*avals: Any, **how: Any) -> Any:
@@ -107,17 +113,17 @@ def _linear(name: str, form: Callable[..., Array]) -> Primitive:
     return primitive
 
 
-_pick, _spread = _linear("pool_pick", _picked), _linear("pool_spread", _spread_out)
+_pick, _put = _linear("pool_pick", _picked), _linear("pool_put", _spread)
 
 
 def _transposed(other: Primitive) -> Callable[..., Any]:
-    def rule(cotangent: Any, x: Any, y: Any, v: Any, **how: Any) -> list[Any]:
+    def rule(cotangent: Any, which: Any, v: Any, **how: Any) -> list[Any]:
         if type(cotangent) is ad.Zero:
-            return [None, None, ad.Zero(v.aval)]
-        return [None, None, other.bind(x, y, cotangent, **how)]
+            return [None, ad.Zero(v.aval)]
+        return [None, other.bind(which, cotangent, **how)]
 
     return rule
 
 
-ad.primitive_transposes[_pick] = _transposed(_spread)
-ad.primitive_transposes[_spread] = _transposed(_pick)
+ad.primitive_transposes[_pick] = _transposed(_put)
+ad.primitive_transposes[_put] = _transposed(_pick)
