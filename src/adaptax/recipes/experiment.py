@@ -331,10 +331,11 @@ class Experiment:
         rate = self.tune[scores.index(max(scores))]
         return dataclasses.replace(self, learner={**self.learner, "inner_lr": rate})
 
-    def untrained(self) -> Meta:
-        """Return the meta-parameters that `train` starts from."""
+    def untrained(self, init_from: Meta = None) -> Meta:
+        """Return the meta-parameters that `train` starts from, as its argument says."""
         init_key = jax.random.split(jax.random.key(self.seed), 4)[2]
-        return self.build_learner().init(self.model(), key=init_key)
+        model = self.model() if init_from is None else init_from
+        return self.build_learner().init(model, key=init_key)
 
     def restore(self, run: Run) -> tuple[Meta, int, Meta]:
         """Return what a run learned: the best meta-parameters by validation, else the last.

@@ -299,7 +299,7 @@ def fit(
         long: Budget | None = None
         if not experiment.acts:
             how["validation"], long = budget(
-                experiment, experiment.untrained() if start is None else start, splits, test,
+                experiment, experiment.untrained(start), splits, test,
                 how["validation"], fitting=config.get("sized", False) and validation is None,
                 **{name: how[name] for name in ("validate_every", "fast_path") if name in how},
             )  # fmt: skip
