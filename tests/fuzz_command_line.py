@@ -370,7 +370,7 @@ def campaign(asked: argparse.Namespace, top: Path) -> int:
         code, cpu, wall = within(case, words)
         out, err = ((case / name).read_text(errors="replace") for name in (".out", ".err"))
         bad = wrong(code, cpu, wall, out, err)
-        if outside(watched, case) != before:
+        if outside(watched, case) != before and not any("../" in word for word in words):
             bad = "a change outside its folder"
         counts[f"exit {code}"] += 1
         findings += bad is not None

@@ -658,6 +658,8 @@ def sentence(capsys):
         (["train", "--resume", "nowhere"], "no run"),
         (["evaluate", "nowhere"], "no run"),
         (["predict", "nowhere", "--support", ".", "--query", "."], "no run"),
+        (["train", "maml", "sinusoid", "--run", ""], "--run: '' is not a path"),
+        (["embed", "--archive", "leo.zip", "--out", " "], "--out: ' ' is not a path"),
         (["compare", "sinusoid", "--algorithms", "sgd"], "'sgd'"),
         (["compare", "sinusoid", "--way", "5"], "--way"),
         (["compare", "sinusoid", "--seeds", "0"], "--seeds"),

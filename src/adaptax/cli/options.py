@@ -79,6 +79,12 @@ def _mapping(word: str) -> str | int:
     return chunk
 
 
+def _path(word: str) -> str:
+    if not word.strip():
+        raise ValueError
+    return word
+
+
 _HINT = arg(help_behavior_hint="(default: of the closest recipe)")
 _RUN = arg(help_behavior_hint="(default: of the run)")
 _NONE = arg(help_behavior_hint="")
@@ -96,7 +102,7 @@ Number: TypeAlias = Annotated[float, number(float)]
 Seed: TypeAlias = Annotated[int, number(int, -(2**31), 2**32 - 1)]
 OwnSeed: TypeAlias = Annotated[int | None, number(int, -(2**31), 2**32 - 1), _HINT]
 """Counts and sizes are at least 1; seeds are of 32 bits, which are all that a key keeps."""
-Word: TypeAlias = Annotated[str | None, one(str, "PATH", "a path"), _NONE]
+Word: TypeAlias = Annotated[str | None, one(_path, "PATH", "a path"), _NONE]
 Mapping: TypeAlias = Annotated[
     str | int,
     one(_mapping, "auto|scan|vmap|INT", "auto, scan, vmap or a whole number of 1 or more"),
