@@ -17,7 +17,8 @@ GROUND = {
     "distributions", "checks", "caches",
 }  # fmt: skip
 PRIMITIVES = {"inner", "svgd", "conv", "rewrite", "batch_norm", "roots", "watch", "program", "look",
-              "switch", "conv_forms", "pooling"}  # fmt: skip
+              "switch", "conv_forms", "pooling",
+              "primitive"}  # fmt: skip
 ROOMS = {
     "ground": set(),
     "primitives": {"ground"},

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 from jaxtyping import Array, Float
 
 from . import conv_forms as forms
 from .conv_forms import Geometry
 from .pooling import max_pool
+from .primitive import apart, primitive
 from .rewrite import rewritten
 
 Padding = str | Sequence[tuple[int, int]]
@@ -121,48 +122,36 @@ def _hashable(precision: Any) -> Any:
 # The three contractions as primitives
 
 
-def _contraction(name: str, form: Callable[..., Array], plain: Callable[..., Array]) -> Primitive:
-    """A primitive of two operands, linear in each.
+def _contraction(name: str, plain: Callable[..., Array], form: Callable[..., Array]) -> Primitive:
+    return primitive(name, plain, form, ("geometry", "precision"))
+
+
+def _of_one_kernel(contraction: Primitive, images: int, plain: Callable[..., Array]) -> None:
+    """Let images that are mapped over, but not their kernel, be more images of one call.
 
     Args:
-        name: of the primitive.
-        form: what it is compiled as.
-        plain: the same in operations of JAX, for what is mapped over both operands.
+        contraction: of images and a kernel.
+        images: position of the images among its two operands.
+        plain: what it is written as.
     """
-    primitive = Primitive(name)
-    compiled = jax.jit(form, static_argnames=("geometry", "precision"))
-
-    def shape(a: Any, b: Any, **how: Any) -> Any:
-        out = jax.eval_shape(functools.partial(plain, **how), *map(_struct, (a, b)))
-        return jax.core.ShapedArray(out.shape, out.dtype)
-
-    primitive.def_impl(compiled)
-    primitive.def_abstract_eval(shape)
-    for kind, platform in ((plain, None), (form, "cpu")):
-        lowered = mlir.lower_fun(kind, multiple_results=False)
-        mlir.register_lowering(primitive, lowered, platform=platform)
 
     def mapped(operands: Sequence[Any], axes: Sequence[Any], **how: Any) -> tuple[Array, int]:
-        images = {"conv_forward": 0, "conv_to_input": 1}.get(name)
-        if images is not None and axes[1 - images] is None:  # images of one kernel: more of them
-            moved = jnp.moveaxis(operands[images], axes[images], 0)
-            together = [*operands]
-            together[images] = moved.reshape(-1, *moved.shape[2:])
-            found = primitive.bind(*together, **how)
-            return found.reshape(*moved.shape[:2], *found.shape[1:]), 0
-        return jax.vmap(functools.partial(plain, **how), axes)(*operands), 0
+        if axes[1 - images] is not None:
+            return apart(plain)(operands, axes, **how)
+        moved = jnp.moveaxis(operands[images], axes[images], 0)
+        together = [*operands]
+        together[images] = moved.reshape(-1, *moved.shape[2:])
+        found = contraction.bind(*together, **how)
+        return found.reshape(*moved.shape[:2], *found.shape[1:]), 0
 
-    batching.primitive_batchers[primitive] = mapped
-    return primitive
+    batching.primitive_batchers[contraction] = mapped
 
 
-def _struct(aval: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-
-
-_forward = _contraction("conv_forward", forms.forward, forms.forward_windows)
-_to_input = _contraction("conv_to_input", forms.to_input, forms.to_input_windows)
-_to_kernel = _contraction("conv_to_kernel", forms.to_kernel, forms.to_kernel_windows)
+_forward = _contraction("conv_forward", forms.forward_windows, forms.forward)
+_to_input = _contraction("conv_to_input", forms.to_input_windows, forms.to_input)
+_to_kernel = _contraction("conv_to_kernel", forms.to_kernel_windows, forms.to_kernel)
+_of_one_kernel(_forward, 0, forms.forward_windows)
+_of_one_kernel(_to_input, 1, forms.to_input_windows)
 
 # Of T(x, w, y): each is its derivative with respect to what is missing, and has the two others.
 ad.defbilinear(

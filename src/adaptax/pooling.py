@@ -10,8 +10,10 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad
 from jaxtyping import Array, Float
+
+from .primitive import primitive
 
 Window: TypeAlias = tuple[int, int]
 
@@ -89,28 +91,16 @@ def _spread(which: Array, v: Array, *, window: Window) -> Array:
 
 def _linear(name: str, form: Callable[..., Array]) -> Primitive:
     """A primitive linear in its second operand; the first says which pixels."""
-    primitive = Primitive(name)
-
-    def shape(*avals: Any, **how: Any) -> Any:
-        given = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
-        out = jax.eval_shape(functools.partial(form, **how), *given)
-        return jax.core.ShapedArray(out.shape, out.dtype)
+    made = primitive(name, form, form, ("window",))
 
     def jvp(primals: Sequence[Any], tangents: Sequence[Any], **how: Any) -> Any:
-        out, dv = primitive.bind(*primals, **how), tangents[-1]
+        out, dv = made.bind(*primals, **how), tangents[-1]
         if type(dv) is ad.Zero:
             return out, ad.Zero.from_primal_value(out)
-        return out, primitive.bind(*primals[:-1], dv, **how)
+        return out, made.bind(*primals[:-1], dv, **how)
 
-    def mapped(operands: Sequence[Any], axes: Sequence[Any], **how: Any) -> tuple[Array, int]:
-        return jax.vmap(functools.partial(form, **how), axes)(*operands), 0
-
-    primitive.def_impl(jax.jit(form, static_argnames="window"))
-    primitive.def_abstract_eval(shape)
-    mlir.register_lowering(primitive, mlir.lower_fun(form, multiple_results=False))
-    ad.primitive_jvps[primitive] = jvp
-    batching.primitive_batchers[primitive] = mapped
-    return primitive
+    ad.primitive_jvps[made] = jvp
+    return made
 
 
 _pick, _put = _linear("pool_pick", _picked), _linear("pool_put", _spread)
