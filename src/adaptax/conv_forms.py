@@ -187,10 +187,10 @@ def to_kernel_split(x: Images, y: Result, geometry: Geometry, precision: Any = N
 
     def product(x: Array, y: Array) -> Array:
         x = _padded(x, geometry)
-        left = [x[:, i : i + geometry.outsize[0]] for i in range(rows)]
-        right = [jnp.pad(y, ((0, 0), (0, 0), (j, columns - 1 - j), (0, 0))) for j in range(columns)]
-        left, right = (jnp.concatenate(each, -1).reshape(-1, len(each) * each[0].shape[-1])
-                       for each in (left, right))  # fmt: skip
+        up = [x[:, i : i + geometry.outsize[0]] for i in range(rows)]
+        along = [jnp.pad(y, ((0, 0), (0, 0), (j, columns - 1 - j), (0, 0))) for j in range(columns)]
+        left = jnp.concatenate(up, -1).reshape(-1, rows * c)
+        right = jnp.concatenate(along, -1).reshape(-1, columns * out)
         return jnp.dot(left.T, right, precision=precision)
 
     wide = geometry.size[1] + sum(geometry.padding[1])

@@ -96,7 +96,7 @@ def _linear(name: str, form: Callable[..., Array]) -> Primitive:
     def jvp(primals: Sequence[Any], tangents: Sequence[Any], **how: Any) -> Any:
         out, dv = made.bind(*primals, **how), tangents[-1]
         if type(dv) is ad.Zero:
-            return out, ad.Zero.from_primal_value(out)
+            return out, ad.Zero(jax.typeof(out).to_tangent_aval())
         return out, made.bind(*primals[:-1], dv, **how)
 
     ad.primitive_jvps[made] = jvp
