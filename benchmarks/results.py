@@ -371,11 +371,13 @@ def gradients() -> list[list[str]]:
     return found
 
 
-@table("speed", "meta_step", "meta_step-84", "sinusoid", "leo_step", "rl_steps")
+@table(
+    "speed", "meta_step", "meta_step-84", "meta_step-84-first", "sinusoid", "leo_step", "rl_steps"
+)
 def speed() -> list[list[str]]:
     step, rl = load("meta_step")["results"], load("rl_steps")["results"]
     leo, waves = load("leo_step")["results"], load("sinusoid")["results"]
-    large = load("meta_step-84")["results"]
+    large, first = (load(f"meta_step-84{order}")["results"] for order in ("", "-first"))
 
     def times(result: dict, digits: int = 2) -> str:
         return f"{result['times_faster_than_torch']:.{digits}f} times faster"
@@ -396,6 +398,7 @@ def speed() -> list[list[str]]:
             times(large["adaptax Conv4"]),
         ],
         ["the same with a Flax NNX model, unchanged", times(large["adaptax Flax NNX"])],
+        ["the same, first order", times(first["adaptax Conv4"])],
         ["a meta-iteration of MAML's sinusoids in `fit`", times(waves["adaptax.fit"], 0)],
         ["LEO's meta-step, 12 tasks, embeddings of 640, 1-shot", times(leo["adaptax, 1-shot"], 1)],
         ["the same, 5-shot", times(leo["adaptax, 5-shot"], 1)],
