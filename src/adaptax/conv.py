@@ -31,11 +31,12 @@ Padding = str | Sequence[tuple[int, int]]
 
 def conv(
     x: Float[Array, "n *size c"],
-    kernel: Float[Array, "*window c out"],
+    kernel: Float[Array, "*window c//{groups} out"],
     *,
     strides: Sequence[int],
     padding: Padding = "SAME",
     dilation: Sequence[int] | None = None,
+    groups: int = 1,
     precision: Any = None,
     preferred_element_type: Any = None,
 ) -> Float[Array, "n *outsize out"]:
@@ -43,10 +44,11 @@ def conv(
 
     Args:
         x: channels last.
-        kernel: window, input channels, output channels.
+        kernel: window, input channels (of a group), output channels.
         strides: one for each dimension.
         padding: `"SAME"`, `"VALID"`, or `(low, high)` for each dimension.
         dilation: of the kernel, one for each dimension; 1 if `None`.
+        groups: of channels, each convolved with its own kernels; depthwise if of one channel.
         precision: of the matrix product, as in `jax.lax.dot_general`.
         preferred_element_type: of its accumulation and result, as there.
     """
@@ -54,48 +56,28 @@ def conv(
     out = preferred_element_type or x.dtype
     if 0 in geometry.outsize:
         return jnp.zeros((len(x), *geometry.outsize, kernel.shape[-1]), out)
+    if groups > 1:
+        return _grouped(x, kernel, groups, geometry, precision, preferred_element_type)
     if geometry.plain and x.dtype == kernel.dtype == out and 0 not in x.shape:
         return _forward.bind(x, kernel, geometry=geometry, precision=_hashable(precision))
     return forms.forward_windows(x, kernel, geometry, precision, preferred_element_type)
 
 
-def grouped(
-    x: Float[Array, "n *size c"],
-    kernel: Float[Array, "*window each out"],
-    groups: int,
-    *,
-    strides: Sequence[int],
-    padding: Padding = "SAME",
-    dilation: Sequence[int] | None = None,
-    precision: Any = None,
-    preferred_element_type: Any = None,
-) -> Float[Array, "n *outsize out"]:
-    """Convolve groups of channels each with its own kernels, depthwise where a group is a channel.
-
-    Args:
-        x: channels last.
-        kernel: window, input channels of a group, output channels, those of a group together.
-        groups: of channels.
-        strides: as in `conv`, as are the rest.
-        padding: there.
-        dilation: there.
-        precision: there.
-        preferred_element_type: there.
-    """
-    geometry = _geometry(x, kernel, strides, padding, dilation)
-    out = preferred_element_type or x.dtype
+def _grouped(
+    x: Array, kernel: Array, groups: int, geometry: Geometry, precision: Any, out: Any
+) -> Array:
+    """Convolve groups of channels each with its own kernels, the outputs of a group together."""
     shape = (len(x), *geometry.outsize, kernel.shape[-1])
-    if 0 in shape or 0 in x.shape:
-        return jnp.zeros(shape, out)
     each, taps = kernel.shape[-2], kernel.reshape(-1, kernel.shape[-2], groups, shape[-1] // groups)
     seen = [a.reshape(*shape[:-1], groups, each) for a in forms.shifted(x, geometry)]
     if each == 1:
-        y = sum(a.astype(out) * tap[0].astype(out) for a, tap in zip(seen, taps))
+        wide = out or x.dtype
+        y = sum(a.astype(wide) * tap[0].astype(wide) for a, tap in zip(seen, taps))
     else:
         depth = jnp.stack(seen, -2).reshape(-1, groups, len(seen) * each)
         weights = jnp.moveaxis(taps, 2, 0).reshape(groups, len(seen) * each, -1)
         y = jnp.einsum("lgd,gdo->lgo", depth, weights, precision=precision,
-                       preferred_element_type=preferred_element_type)  # fmt: skip
+                       preferred_element_type=out)  # fmt: skip
     return y.reshape(shape)
 
 
@@ -212,18 +194,19 @@ def _plain(equation: Any) -> bool:
 
 def _any_layout(x: Array, kernel: Array, params: dict[str, Any]) -> Array:
     """`conv_general_dilated` of any layout through `conv`, which wants channels last."""
-    layout, groups = params["dimension_numbers"], params["feature_group_count"]
+    layout = params["dimension_numbers"]
     channels_last = (layout.lhs_spec[0], *layout.lhs_spec[2:], layout.lhs_spec[1])
     window_first = (*layout.rhs_spec[2:], layout.rhs_spec[1], layout.rhs_spec[0])
-    how = {
-        "strides": params["window_strides"],
-        "padding": params["padding"],
-        "dilation": params["rhs_dilation"],
-        "precision": params["precision"],
-        "preferred_element_type": params["preferred_element_type"],
-    }
-    x, kernel = lax.transpose(x, channels_last), lax.transpose(kernel, window_first)
-    y = conv(x, kernel, **how) if groups == 1 else grouped(x, kernel, groups, **how)
+    y = conv(
+        lax.transpose(x, channels_last),
+        lax.transpose(kernel, window_first),
+        strides=params["window_strides"],
+        padding=params["padding"],
+        dilation=params["rhs_dilation"],
+        groups=params["feature_group_count"],
+        precision=params["precision"],
+        preferred_element_type=params["preferred_element_type"],
+    )
     out = layout.out_spec
     position = np.argsort((out[0], *out[2:], out[1]))
     return lax.transpose(y, tuple(int(p) for p in position))

@@ -18,7 +18,7 @@ from ..learner import Adapter, Meta
 from ..protocols import Acting, Scoring, Several
 from ..task import Model, TaskDistribution
 from . import feed, scoring
-from .mapping import Mapping, chunk_size, first, map_over, with_fast_path
+from .mapping import Mapping, chunk_size, first, map_over, suited, with_fast_path
 from .predict import learned_noise, predictions
 from .scoring import Scores
 from .work import work
@@ -49,6 +49,7 @@ class Scorer(eqx.Module):
         found = jax.eval_shape(each, jax.tree.map(lambda leaf: leaf[0], probe))
         facts["scores"] = sorted({**found, **found.get("claimed", {})})
         facts["work"] = work(each, *first((probe,)))
+        mapping = suited(facts["work"]) if mapping == "auto" else mapping
         return chunk_size(mapping, 32, each, (probe,)), facts
 
     def chunk(

@@ -17,7 +17,7 @@ from .. import roles, tree
 from ..conv import FastPath, fast
 from ..learner import Adapter, Meta, MetaLearner
 from ..task import Task
-from .work import work
+from .work import Work, work
 
 L = TypeVar("L", bound=Adapter)
 
@@ -251,8 +251,7 @@ def map_over(
 def chunk_size(mapping: Mapping, count: int, function: Callable[..., Any], xs: Any) -> int:
     """How many tasks to map at once."""
     if mapping == "auto":
-        accelerated = jax.default_backend() != "cpu"
-        mapping = "vmap" if accelerated or work(function, *first(xs)).small else "scan"
+        mapping = suited(work(function, *first(xs)))
     if mapping == "scan":
         return 1
     if mapping == "vmap":
@@ -260,6 +259,11 @@ def chunk_size(mapping: Mapping, count: int, function: Callable[..., Any], xs: A
     if isinstance(mapping, int) and mapping >= 1:
         return min(mapping, count)
     raise ValueError(f'mapping is "auto", "scan", "vmap" or a positive integer, not {mapping!r}')
+
+
+def suited(task: Work) -> Mapping:
+    """Return how to map over such tasks."""
+    return "vmap" if jax.default_backend() != "cpu" or task.small else "scan"
 
 
 def first(xs: Any) -> Any:

@@ -30,7 +30,7 @@ from .mapping import Mapping, everywhere, local_mesh, with_fast_path
 from .run import Facts, Resume, Run, lets_go, opened
 from .state import State, best_of, initial_state, reselect, select, shaped
 from .steps import Outer, meta_steps, task_work
-from .work import steps_at_once
+from .work import heavy, steps_at_once
 
 
 class TrainingDiverged(FloatingPointError):
@@ -166,10 +166,9 @@ def fit(
         judge.check(eqx.combine(state.meta, fixed), key=validation_key)
     fast_learner = with_fast_path(learner, fast_path)
     task = task_work(fast_learner, eqx.combine(state.meta, fixed), tasks, task_key)
-    heavy = jax.default_backend() != "cpu" or not task.small
     chunk = chunk or steps_at_once(task, meta_batch)
     validate_every = math.ceil((validate_every or max(steps // 10, 1)) / chunk) * chunk
-    mesh = local_mesh(meta_batch, devices) if devices or heavy or outer is not None else None
+    mesh = local_mesh(meta_batch, devices) if devices or heavy(task) or outer is not None else None
     history: list[dict[str, Any]] = []
     facts: Facts = {}
     if run is not None:

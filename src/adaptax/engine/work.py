@@ -41,6 +41,11 @@ class Work:
 NONE = Work(0, 0.0)
 
 
+def heavy(task: Work) -> bool:
+    """Whether one task is enough work to be worth a loop's turn or a device of its own."""
+    return jax.default_backend() != "cpu" or not task.small
+
+
 def work(function: Callable[..., Any], *args: Any) -> Work:
     """Count the work of `function(*args)`.
 
@@ -61,7 +66,7 @@ def steps_at_once(task: Work, meta_batch: int) -> int:
         task: work of the meta-gradient of one task.
         meta_batch: tasks a step.
     """
-    most = 20 if jax.default_backend() != "cpu" or not task.small else 500
+    most = 20 if heavy(task) else 500
     return next((steps for steps in AT_ONCE if steps <= min(most, _fit(task) / meta_batch)), 1)
 
 
