@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "adaptax"
 
 GROUND = {
     "task", "tree", "roles", "losses", "metrics", "io", "text", "process", "protocols", "origins",
-    "distributions", "checks", "caches",
+    "distributions", "checks", "caches", "weights",
 }  # fmt: skip
 PRIMITIVES = {"inner", "svgd", "conv", "rewrite", "batch_norm", "roots", "watch", "program", "look",
               "switch", "conv_forms", "pooling",

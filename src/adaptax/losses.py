@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 
 from .task import Batch, Model
 from .tree import wide
+from .weights import Weight, average, spread, total
 
 Loss = Callable[[Model, Batch], Float[Array, ""]]
 Reduction = Literal["mean", "sum", "sum/shot", "balanced"]
@@ -73,14 +74,14 @@ def mse(model: Model, batch: Batch, *, reduction: Reduction = "mean") -> Float[A
             the batch is empty or without targets.
     """
     labelled(batch)
-    predictions = model(batch.x)
+    predictions = batch.predict(model)
     if predictions.shape != batch.y.shape:
         raise ValueError(
             f"the model predicts shape {predictions.shape} for targets of shape {batch.y.shape}; "
             "mse compares them element by element, so give both the same shape"
         )
-    errors = jnp.square(wide(predictions) - wide(batch.y))
-    return _reduce(jnp.mean(errors.reshape(len(errors), -1), axis=1), reduction, way=1)
+    errors = jnp.square(wide(predictions) - wide(batch.targets))
+    return _reduce(*_per_example(errors, batch.weight), reduction, way=1)
 
 
 @predicts("regression")
@@ -99,7 +100,7 @@ def relative_mse(model: Model, batch: Batch) -> Float[Array, ""]:
     Raises:
         ValueError: if predictions and targets differ in shape.
     """
-    return mse(model, batch) / jnp.maximum(jnp.mean(wide(batch.y) ** 2), 1.0)
+    return mse(model, batch) / jnp.maximum(average(wide(batch.targets) ** 2, batch.weight), 1.0)
 
 
 @predicts("regression")
@@ -124,7 +125,7 @@ def normal(
         raise ValueError(f"noise is the standard deviation of the targets, above 0, not {noise}")
     constant = math.log(noise) + math.log(2 * math.pi) / 2
     half = mse(model, batch, reduction=reduction) / (2 * noise**2)
-    return half + constant * (batch.size if reduction == "sum" else 1)
+    return half + constant * (batch.count if reduction == "sum" else 1)
 
 
 @predicts("classification")
@@ -146,18 +147,16 @@ def cross_entropy(model: Model, batch: Batch, *, reduction: Reduction = "mean") 
             or without labels.
     """
     labelled(batch)
-    logits = model(batch.x)
+    logits = batch.predict(model)
     if not jnp.issubdtype(batch.y.dtype, jnp.integer) or batch.y.shape != logits.shape[:-1]:
         raise ValueError(
             f"cross_entropy wants integer labels of shape {logits.shape[:-1]}, and was given "
             f"{batch.y.dtype} of shape {batch.y.shape}; use labels 0..way-1, not one-hot vectors"
         )
-    each = optax.softmax_cross_entropy_with_integer_labels(wide(logits), batch.y)
+    each = optax.softmax_cross_entropy_with_integer_labels(wide(logits), batch.targets)
     if reduction == "balanced":
-        y = batch.y.ravel()
-        count = jnp.sum(y[:, None] == y, axis=1)  # of its class, for every example
-        return jnp.sum(each.ravel() / count) / jnp.sum(1 / count)
-    return _reduce(each, reduction, way=logits.shape[-1])
+        return _balanced(each, batch)
+    return _reduce(each, batch.weight, reduction, way=logits.shape[-1])
 
 
 @predicts("binary")
@@ -177,14 +176,14 @@ def binary_cross_entropy(
         ValueError: if logits and targets differ in shape; if the batch is empty or without targets.
     """
     labelled(batch)
-    logits = wide(model(batch.x))
+    logits = wide(batch.predict(model))
     if logits.shape != batch.y.shape:
         raise ValueError(
             f"the model predicts logits of shape {logits.shape} for targets of shape "
             f"{batch.y.shape}; binary_cross_entropy wants one logit for each label"
         )
-    each = optax.sigmoid_binary_cross_entropy(logits, batch.y.astype(logits.dtype))
-    return _reduce(jnp.mean(each.reshape(len(each), -1), axis=1), reduction, way=1)
+    each = optax.sigmoid_binary_cross_entropy(logits, batch.targets.astype(logits.dtype))
+    return _reduce(*_per_example(each, batch.weight), reduction, way=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,16 +234,46 @@ def labelled(batch: Batch) -> None:
             "a loss was asked of a batch without examples, of which there is no mean; sample tasks "
             "with a support and queries of one or more"
         )
+    if batch.weight is not None and batch.weight.shape != batch.y.shape[: batch.weight.ndim]:
+        raise ValueError(
+            f"weights of shape {batch.weight.shape} do not fit targets of shape {batch.y.shape}; "
+            "give one for every example, (n,), or for every target"
+        )
 
 
-def _reduce(each: Float[Array, " n"], reduction: Reduction, way: int) -> Float[Array, ""]:
+def _balanced(each: Float[Array, "n ..."], batch: Batch) -> Float[Array, ""]:
+    """Return the mean over the classes that occur of the mean over their examples."""
+    y = batch.y.ravel()
+    same = y[:, None] == y
+    if batch.weight is None:
+        count = jnp.sum(same, axis=1)  # of its class, for every example
+        return jnp.sum(each.ravel() / count) / jnp.sum(1 / count)
+    weight = spread(batch.weight, batch.y).ravel()
+    count = same @ weight
+    return average(each.ravel(), jnp.where(count > 0, weight / jnp.where(count > 0, count, 1), 0))
+
+
+def _per_example(each: Float[Array, "n ..."], weight: Weight) -> tuple[Array, Weight]:
+    """Return the mean over the targets of every example, and what the example counts."""
+    flat = each.reshape(len(each), -1)
+    if weight is None or weight.ndim == 1:
+        return jnp.mean(flat, axis=1), weight
+    weight = spread(weight, each).reshape(flat.shape)
+    count = jnp.mean(weight, axis=1)
+    kept = jnp.mean(jnp.where(weight > 0, weight * flat, 0), axis=1)
+    return kept / jnp.where(count > 0, count, 1), count
+
+
+def _reduce(
+    each: Float[Array, "n ..."], weight: Weight, reduction: Reduction, way: int
+) -> Float[Array, ""]:
     match reduction:
         case "mean":
-            return jnp.mean(each)
+            return average(each, weight)
         case "sum":
-            return jnp.sum(each)
+            return total(each, weight)
         case "sum/shot":
-            return way * jnp.mean(each)
+            return way * average(each, weight)
     raise ValueError(
         'reduction is "mean", "sum" or "sum/shot", for cross_entropy "balanced" too, '
         f"not {reduction!r}"

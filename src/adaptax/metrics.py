@@ -1,7 +1,8 @@
 """Scores of predictions, reduced over an ensemble by its mixture, for every learner alike.
 
 Predictions are `(n, out)` of one model or `(particles, n, out)` of an ensemble; a mixture weighs
-its particles equally. Metrics are means over the queries of one episode.
+its particles equally. Metrics are means over the queries of one episode, by what each counts:
+`weight` is that of a `Batch`, all 1 if `None`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from jax.scipy.special import entr, ndtr
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from .tree import wide
+from .weights import Weight, average, spread
 
 BINS = 15
 """Bins of confidence in the calibration error."""
@@ -27,7 +29,7 @@ QUANTILES = 40
 
 
 def classification(
-    logits: Float[Array, "*particles n way"], labels: Int[Array, " n"]
+    logits: Float[Array, "*particles n way"], labels: Int[Array, " n"], weight: Weight = None
 ) -> dict[str, Float[Array, ...]]:
     """Accuracy, negative log-likelihood, Brier score, and the table that calibration needs.
 
@@ -42,16 +44,19 @@ def classification(
     confidence = jnp.max(p, axis=-1)
     bin_of = jnp.clip((confidence * BINS).astype(int), 0, BINS - 1)
     rows = jnp.stack([jnp.ones_like(right), confidence, right], axis=-1)
+    rows = rows if weight is None else jnp.where(weight[:, None] > 0, weight[:, None] * rows, 0)
     one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=p.dtype)
     return {
-        "accuracy": jnp.mean(right),
-        "nll": -jnp.mean(jnp.take_along_axis(log_p, labels[:, None], axis=-1)),
-        "brier": jnp.mean(jnp.sum((p - one_hot) ** 2, axis=-1)),
+        "accuracy": average(right, weight),
+        "nll": -average(jnp.take_along_axis(log_p, labels[:, None], axis=-1), weight),
+        "brier": average(jnp.sum((p - one_hot) ** 2, axis=-1), weight),
         "bins": jnp.zeros((BINS, 3), p.dtype).at[bin_of].add(rows),
     }
 
 
-def uncertainty(logits: Float[Array, "*particles n way"]) -> dict[str, Float[Array, ""]]:
+def uncertainty(
+    logits: Float[Array, "*particles n way"], weight: Weight = None
+) -> dict[str, Float[Array, ""]]:
     """How unsure a classifier is, in nats, and of an ensemble what of it is disagreement.
 
         H[p̄] = 1/M Σ_m H[p_m] + 1/M Σ_m KL(p_m ‖ p̄),   p̄ = 1/M Σ_m p_m
@@ -63,17 +68,20 @@ def uncertainty(logits: Float[Array, "*particles n way"]) -> dict[str, Float[Arr
       the particle: 0 where all predict the same, at most log M.
     """
     log_p = _mixture(logits)
-    out = {"entropy": jnp.mean(_entropy(log_p))}
+    out = {"entropy": average(_entropy(log_p), weight)}
     if logits.ndim == 3 and len(logits) > 1:
         each = jax.nn.log_softmax(wide(logits))
         p = jnp.exp(each)
         divergence = jnp.sum(jnp.where(p > 0, p * (each - log_p), 0.0), axis=-1)
-        out |= {"aleatoric": jnp.mean(_entropy(each)), "epistemic": jnp.mean(divergence)}
+        out |= {
+            "aleatoric": _over_particles(_entropy(each), weight),
+            "epistemic": _over_particles(divergence, weight),
+        }
     return out
 
 
 def binary(
-    logits: Float[Array, "*any"], targets: Shaped[Array, "n ..."]
+    logits: Float[Array, "*any"], targets: Shaped[Array, "n ..."], weight: Weight = None
 ) -> dict[str, Float[Array, ""]]:
     """Scores of labels that are each true or false, several an example; means over all of them.
 
@@ -91,9 +99,11 @@ def binary(
     no = jax.nn.logsumexp(jax.nn.log_sigmoid(-logits), axis=0) - count
     y = targets.astype(yes.dtype)
     return {
-        "label_accuracy": _fraction((yes > no) == (y > 0.5)),
-        "nll": -jnp.mean(jnp.where(y > 0, y * yes, 0.0) + jnp.where(y < 1, (1 - y) * no, 0.0)),
-        "brier": jnp.mean((jnp.exp(yes) - y) ** 2),
+        "label_accuracy": _fraction((yes > no) == (y > 0.5), weight),
+        "nll": -average(
+            jnp.where(y > 0, y * yes, 0.0) + jnp.where(y < 1, (1 - y) * no, 0.0), weight
+        ),
+        "brier": average((jnp.exp(yes) - y) ** 2, weight),
     }
 
 
@@ -101,6 +111,7 @@ def regression(
     predictions: Float[Array, "*any"],
     targets: Float[Array, "n ..."],
     noise: float | Float[Array, "*particles"],
+    weight: Weight = None,
 ) -> dict[str, Float[Array, ""]]:
     """Mean squared error, and negative log-likelihood under Gaussian noise.
 
@@ -121,12 +132,12 @@ def regression(
     log_p = -squares / (2 * noise**2) - jnp.log(noise) - 0.5 * jnp.log(2 * jnp.pi)
     mixture = jax.nn.logsumexp(log_p, axis=0) - jnp.log(len(log_p))
     out = {
-        "mse": jnp.mean((jnp.mean(ensemble, axis=0) - targets) ** 2),
-        "nll": -jnp.mean(mixture),
+        "mse": average((jnp.mean(ensemble, axis=0) - targets) ** 2, weight),
+        "nll": -average(mixture, weight),
     }
     if len(ensemble) > 1:
-        out["particle_mse"] = jnp.mean(squares)
-        out["epistemic"] = jnp.mean(jnp.var(ensemble, axis=0))
+        out["particle_mse"] = _over_particles(squares, weight)
+        out["epistemic"] = average(jnp.var(ensemble, axis=0), weight)
     return out
 
 
@@ -134,6 +145,7 @@ def coverage(
     predictions: Float[Array, "*any"],
     targets: Float[Array, "n ..."],
     noise: float | Float[Array, "*particles"],
+    weight: Weight = None,
 ) -> dict[str, Float[Array, ...]]:
     """How often targets fall in central intervals of the prediction under Gaussian noise.
 
@@ -157,9 +169,12 @@ def coverage(
     # What is not a number is outermost.
     bin_of = jnp.clip(jnp.nan_to_num(u * QUANTILES).astype(int), 0, QUANTILES - 1)
     inside = [jnp.abs(u - 0.5) <= level / 200 for level in LEVELS]
-    counts = jnp.sum(bin_of.reshape(-1, 1) == jnp.arange(QUANTILES), axis=0)
+    found = bin_of.reshape(-1, 1) == jnp.arange(QUANTILES)
+    if weight is not None:
+        found = found * spread(weight, targets).reshape(-1, 1)
+    counts = jnp.sum(found, axis=0)
     return {
-        **{f"coverage_{level}": _fraction(found) for level, found in zip(LEVELS, inside)},
+        **{f"coverage_{level}": _fraction(hit, weight) for level, hit in zip(LEVELS, inside)},
         "quantiles": counts.astype(u.dtype),
     }
 
@@ -215,5 +230,10 @@ def _members(
     return wide(ensemble), jnp.reshape(jnp.asarray(noise), (-1, *(1,) * targets.ndim))
 
 
-def _fraction(true: Bool[Array, "*any"]) -> Float[Array, ""]:
-    return jnp.mean(true.astype(float))
+def _fraction(true: Bool[Array, "*any"], weight: Weight) -> Float[Array, ""]:
+    return average(true.astype(float), weight)
+
+
+def _over_particles(each: Float[Array, "m n ..."], weight: Weight) -> Float[Array, ""]:
+    """Mean over particles and examples."""
+    return jnp.mean(each) if weight is None else average(jnp.mean(each, axis=0), weight)

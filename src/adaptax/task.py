@@ -16,7 +16,10 @@ from typing import Any, Protocol, runtime_checkable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Integer, PRNGKeyArray, PyTree
+import numpy as np
+from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray, PyTree
+
+from .weights import present, spread, weighing
 
 Model = Any
 """Any callable pytree, `model(x) -> predictions`; `adaptax.roles` says what its parameters are."""
@@ -25,22 +28,65 @@ Model = Any
 class Batch(eqx.Module):
     """Inputs and targets, both with a leading example axis.
 
+    Tasks of unequal sizes are padded to one: a row of weight 0 is as good as not there, for every
+    loss, metric and learner of this library. Layers that mix examples see the weights where they
+    ask `adaptax.weights.seen`, as `adaptax.models.BatchNorm` does; those of other libraries do not.
+
     Args:
         x: inputs, `(n, ...)`, or a pytree of such arrays.
         y: targets, `(n, ...)`: float for regression, integer class labels for classification.
+        weight: what each example counts, 0 for padding: `(n,)`; or what each target counts, of
+            the shape of `y` or the first of its axes, 0 for a gap. All count 1 if `None`.
     """
 
     x: PyTree
     y: PyTree
+    weight: Float[Array, "n ..."] | None = None
 
     def draw(self, model: Model, key: PRNGKeyArray) -> Batch:
         """Return the batch itself."""
         return self
 
+    def predict(self, model: Model) -> PyTree:
+        """Return `model(x)`; what of the model mixes examples sees their weights."""
+        with weighing(None if self.weight is None else self.present):
+            return model(self.x)
+
+    @property
+    def targets(self) -> PyTree:
+        """The targets, 0 where they do not count: a gap may be NaN, and its derivative is none."""
+        if self.weight is None:
+            return self.y
+        return jnp.where(spread(self.weight, self.y) > 0, self.y, jnp.zeros((), self.y.dtype))
+
     @property
     def size(self) -> int:
-        """Number of examples, `n`."""
+        """Number of examples, `n`, padding included."""
         return len(jax.tree.leaves(self.x)[0])
+
+    @property
+    def present(self) -> Float[Array, " n"]:
+        """What each example counts: the mean over its targets where they have weights."""
+        if self.weight is None:
+            return jnp.ones(self.size)
+        return present(self.weight)
+
+    @property
+    def count(self) -> int | Float[Array, ""]:
+        """Number of examples, each as often as it counts."""
+        return self.size if self.weight is None else jnp.sum(self.present)
+
+    @classmethod
+    def joined(cls, *batches: Batch) -> Batch:
+        """Return the examples of all batches, one after another."""
+        if all(batch.weight is None for batch in batches):
+            joined: Batch = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *batches)
+            return joined
+        each = [jnp.ones(b.size) if b.weight is None else b.weight for b in batches]
+        if max(weight.ndim for weight in each) > 1:
+            each = [spread(weight, batch.y) for weight, batch in zip(each, batches, strict=True)]
+        whole = cls.joined(*(cls(batch.x, batch.y) for batch in batches))
+        return cls(whole.x, whole.y, jnp.concatenate(each))
 
 
 @runtime_checkable
@@ -63,6 +109,8 @@ class Minibatches(eqx.Module):
     of the examples; so it is a pure function of `(key, i)`, and a minibatch may span the end of
     one permutation and the start of the next, as in Reptile's released code.
 
+    Padding is never drawn: the minibatches of a padded batch are those of what is not padding.
+
     Args:
         batch: the examples to draw from, `(n, ...)`.
         size: examples a minibatch; may exceed `n`.
@@ -81,6 +129,11 @@ class Minibatches(eqx.Module):
 
     def draw(self, model: Model, key: PRNGKeyArray) -> Batch:
         """Return the minibatch of this step; `key` is not used."""
+        rows = self._rows() if self.batch.weight is None else self._rows_of_padded()
+        drawn: Batch = jax.tree.map(lambda a: a[rows], self.batch)
+        return drawn
+
+    def _rows(self) -> Int[Array, " size"]:
         n = self.batch.size
         first = self.step * self.size
         # A minibatch touches at most this many permutations, whatever its offset.
@@ -88,9 +141,40 @@ class Minibatches(eqx.Module):
         permute: Any = jax.vmap(
             lambda e: jax.random.permutation(jax.random.fold_in(self.key, e), n)
         )
-        rows = jax.lax.dynamic_slice_in_dim(permute(touched).ravel(), first % n, self.size)
-        drawn: Batch = jax.tree.map(lambda a: a[rows], self.batch)
-        return drawn
+        return jax.lax.dynamic_slice_in_dim(permute(touched).ravel(), first % n, self.size)
+
+    def _rows_of_padded(self) -> Int[Array, " size"]:
+        there = self.batch.present > 0
+        n = jnp.maximum(jnp.sum(there), 1)
+        place = self.step * self.size + jnp.arange(self.size)
+
+        def row(place: Array) -> Array:
+            order = _permutation(jax.random.fold_in(self.key, place // n), self.batch.size, n)
+            return order[place % n]
+
+        return jnp.argsort(~there, stable=True)[jax.vmap(row)(place)]
+
+
+def _permutation(key: PRNGKeyArray, size: int, count: Int[Array, ""]) -> Int[Array, " size"]:
+    """Return `jax.random.permutation(key, count)` of a traced count, and the rest up to `size`.
+
+    It sorts by random bits, once for as many as a third of them tell apart. The bits of an element
+    depend on its place alone, and what is beyond the count sorts last.
+    """
+    order = jnp.arange(size)
+    for bound in (1, *_BOUNDS):
+        if size <= bound:
+            break
+        key, own = jax.random.split(key)
+        bits = jax.random.bits(own, (size,), jnp.uint32)
+        last = jnp.where(jnp.arange(size) < count, bits, jnp.iinfo(jnp.uint32).max)
+        _, sorted_ = jax.lax.sort_key_val(last, order)
+        order = jnp.where(count > bound, sorted_, order)
+    return order
+
+
+_BOUNDS = (1625, 2642245)
+"""Largest numbers of elements that JAX permutes by one and by two rounds of sorting."""
 
 
 class Frozen(eqx.Module):
@@ -133,6 +217,23 @@ class Task(eqx.Module):
             for part in (slice(None, shot), slice(shot, None))
         )
         return cls(*halves)
+
+    def unpadded(self) -> Task:
+        """Return the task of data at rest without its padding; for the host, as sizes are values.
+
+        Targets that are gaps are NaN in it if they are floats.
+        """
+        return Task(_unpadded(self.support), _unpadded(self.query))
+
+
+def _unpadded(source: Any) -> Any:
+    if not isinstance(source, Batch) or source.weight is None:
+        return source
+    rows = np.flatnonzero(np.asarray(source.present) > 0)
+    x, y, weight = jax.tree.map(lambda a: np.asarray(a)[rows], (source.x, source.y, source.weight))
+    if weight.ndim > 1 and np.issubdtype(y.dtype, np.floating):
+        y = np.where(np.asarray(spread(weight, y)) > 0, y, np.nan)
+    return Batch(*jax.tree.map(jnp.asarray, (x, y)))
 
 
 class TaskDistribution(eqx.Module):

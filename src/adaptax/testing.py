@@ -79,7 +79,9 @@ def check_learner(
     * `meta_loss` gives a finite scalar and a dict of scalars, under `jit` and `vmap` too.
     * The gradient has the structure of the trained part of the meta-parameters, is the mean of
       the tasks' gradients, and is the same by scan, chunks and vmap, and, for a learner that
-      makes no use of its key, in any order of the tasks and of the examples in a batch.
+      makes no use of its key, in any order of the tasks and of the examples in a batch, and
+      whether or not batches are padded by examples of weight 0, unless it refuses weights by a
+      `ValueError` or its loss does not know them.
     * A step of the default optimizer changes the meta-parameters and keeps them finite.
     * Evaluation leaves the meta-parameters as they were; saving and loading restores them.
 
@@ -102,7 +104,7 @@ def check_learner(
     _check_evaluation(learner, meta, tasks, key)
     _check_round_trip(learner, model, meta)
     with jax.enable_x64(True):
-        _check_agreement(_double(learner), _double(meta), _double(batch), key)
+        _check_agreement(_double(learner), _double(model), _double(meta), _double(batch), key)
 
 
 def check_meta_gradient(
@@ -313,7 +315,9 @@ def _check_round_trip(learner: MetaLearner, model: Model, meta: Meta) -> None:
         _demand(_same(meta, io.load(file, like)), "saving and loading changes the meta-parameters")
 
 
-def _check_agreement(learner: MetaLearner, meta: Meta, batch: Task, key: PRNGKeyArray) -> None:
+def _check_agreement(
+    learner: MetaLearner, model: Model, meta: Meta, batch: Task, key: PRNGKeyArray
+) -> None:
     """Check different ways to one gradient, in float64."""
     trained, fixed = eqx.partition(meta, learner.trained(meta))
 
@@ -355,6 +359,48 @@ def _check_agreement(learner: MetaLearner, meta: Meta, batch: Task, key: PRNGKey
             _close(single(mixed, keys[0]), each[0]),
             "the order of the examples within a batch changes the gradient",
         )
+        if _knows_weights(learner.loss, model, task.support):
+            _check_padding(alone, task, keys[0], each[0])
+
+
+def _check_padding(gradient: Callable[..., PyTree], task: Task, key: Any, due: PyTree) -> None:
+    """Check that rows of weight 0 change nothing; a learner that refuses weights is not asked."""
+    longer = Task(*(padded(source, source.size + more) for source, more in
+                    ((task.support, 2), (task.query, 3))))  # fmt: skip
+    try:
+        found = _Compiled(gradient, longer, key)(longer, key)
+    except ValueError:
+        return
+    _demand(
+        _close(found, due),
+        "examples of weight 0 change the gradient; reduce by adaptax.weights.average(each, "
+        "batch.weight), and call models by batch.predict(model), or raise ValueError for weights",
+    )
+
+
+def _knows_weights(loss: Any, model: Model, batch: Batch) -> bool:
+    """Return whether a loss itself leaves out examples of weight 0."""
+    pair = (batch, padded(batch, batch.size + 1))
+    try:
+        one, other = (float(roles.pure(loss)(model, each)) for each in pair)
+    except Exception:  # of a loss that wants another model, say
+        return False
+    return bool(np.isclose(one, other, rtol=1e-9))
+
+
+def padded(batch: Batch, size: int) -> Batch:
+    """Return the batch with copies of its first example up to a size, of weight 0.
+
+    Args:
+        batch: with or without weights.
+        size: at least that of the batch.
+    """
+    rows = np.r_[np.arange(batch.size), np.zeros(size - batch.size, int)]
+    weight = jnp.ones(batch.size) if batch.weight is None else batch.weight
+    there = jnp.arange(size) < batch.size
+    more = jax.tree.map(lambda a: a[rows], Batch(batch.x, batch.y, weight))
+    return Batch(more.x, more.y, jnp.where(there.reshape(-1, *(1,) * (weight.ndim - 1)),
+                                           more.weight, 0))  # fmt: skip
 
 
 def _compare(

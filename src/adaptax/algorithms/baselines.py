@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ..learner import Functional, Meta, MetaLearner
 from ..losses import Loss, cross_entropy, mse
 from ..task import Model, Source, Task
+from ..weights import Weight, spread
 from .particles import nonempty
 
 
@@ -56,12 +59,15 @@ class RidgeRegression(MetaLearner):
                 f"ridge regression wants targets that are numbers, not {batch.y.dtype}; "
                 "for classes use another learner"
             )
-        x, y = (a.reshape(len(a), -1) for a in (batch.x, batch.y))
-        centre, mean = jnp.mean(x, axis=0), jnp.mean(y, axis=0)
-        x = x - centre
-        gram = x @ x.T + jnp.exp(meta["log_penalty"]) * jnp.eye(len(x), dtype=x.dtype)
-        weight = x.T @ jax.scipy.linalg.solve(gram, y - mean, assume_a="pos")
-        return Functional((weight, mean - centre @ weight), _affine)
+        x, y = (a.reshape(len(a), -1) for a in (batch.x, batch.targets))
+        penalty = jnp.exp(meta["log_penalty"])
+        if batch.weight is None or batch.weight.ndim == 1:
+            return Functional(_ridge(x, y, batch.weight, penalty), _affine)
+        # A gap in one target is none in the others: each is a regression of its own.
+        weight = spread(batch.weight, batch.y).reshape(y.shape)
+        each: Any = jax.vmap(lambda y, w: _ridge(x, y[:, None], w, penalty), in_axes=1)
+        slopes, offsets = each(y, weight)
+        return Functional((slopes[..., 0].T, offsets[:, 0]), _affine)
 
     def meta_loss(
         self, meta: Meta, task: Task, *, key: PRNGKeyArray, progress: float | Array = 1.0
@@ -121,8 +127,9 @@ class NearestClassMean(MetaLearner):
             )
         x = batch.x.reshape(len(batch.x), -1)
         member = jax.nn.one_hot(batch.y, self.way, dtype=x.dtype)
+        member = member if batch.weight is None else member * batch.weight[:, None]
         count = jnp.sum(member, axis=0)
-        means = member.T @ x / jnp.maximum(count, 1)[:, None]
+        means = member.T @ x / jnp.where(count > 0, count, 1)[:, None]
         # −s‖x − μ‖² = 2s x·μ − s‖μ‖² + what all classes share.
         scale = jnp.exp(meta["log_scale"])
         bias = jnp.where(count > 0, -scale * jnp.sum(means**2, axis=1), -jnp.inf)
@@ -137,6 +144,22 @@ class NearestClassMean(MetaLearner):
     def optimizer(self, steps: int) -> optax.GradientTransformation:
         """Adam, 0.05: one number, on a logarithmic scale."""
         return optax.adam(0.05)
+
+
+def _ridge(
+    x: Float[Array, "n d"], y: Float[Array, "n out"], weight: Weight, penalty: Array
+) -> tuple[Float[Array, "d out"], Float[Array, " out"]]:
+    """Slopes and offset, solved among the examples."""
+    if weight is None:
+        centre, mean = jnp.mean(x, axis=0), jnp.mean(y, axis=0)
+        x, y = x - centre, y - mean
+    else:
+        share = weight / jnp.maximum(jnp.sum(weight), 1e-12)
+        centre, mean, root = share @ x, share @ y, jnp.sqrt(weight)[:, None]
+        x, y = root * (x - centre), root * (y - mean)
+    gram = x @ x.T + penalty * jnp.eye(len(x), dtype=x.dtype)
+    slopes = x.T @ jax.scipy.linalg.solve(gram, y, assume_a="pos")
+    return slopes, mean - centre @ slopes
 
 
 def _query_loss(

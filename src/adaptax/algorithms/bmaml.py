@@ -201,4 +201,4 @@ def _union(task: Task, chaser: Ensemble, key: PRNGKeyArray) -> Batch:
             "the task's query has no targets, y=None, and the leader learns from them; give "
             "labelled queries, or none, shapes (0, ...)"
         )
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *seen)
+    return Batch.joined(*seen)

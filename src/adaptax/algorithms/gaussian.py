@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PyTree
 from .. import tree
 from ..losses import labelled, predicts
 from ..task import Batch, Model
+from ..weights import spread, total
 
 
 class Gaussian(eqx.Module):
@@ -74,15 +75,16 @@ def gaussian_nll(model: Gaussian, batch: Batch) -> Float[Array, ""]:
         ValueError: if predictions and targets differ in shape, or there are none.
     """
     labelled(batch)
-    predictions = model(batch.x)
+    predictions = batch.predict(model)
     if predictions.shape != batch.y.shape:
         raise ValueError(
             f"the model predicts shape {predictions.shape} for targets of shape {batch.y.shape}; "
             "give both the same shape"
         )
-    squares = jnp.sum((tree.wide(predictions) - batch.y) ** 2)
+    squares = total((tree.wide(predictions) - batch.targets) ** 2, batch.weight)
+    count = batch.y.size if batch.weight is None else jnp.sum(spread(batch.weight, batch.y))
     log_density = model.log_gamma - jnp.log(2 * jnp.pi)
-    return (jnp.exp(model.log_gamma) * squares - batch.y.size * log_density) / 2
+    return (jnp.exp(model.log_gamma) * squares - count * log_density) / 2
 
 
 def gamma_prior(

@@ -238,7 +238,7 @@ class LEO(InnerLoop):
         first = min(steps, self.inner_steps)
 
         def loss(model: Model, batch: Batch) -> Float[Array, ""]:
-            return self.loss(model, batch) * (batch.size if self.reduction == "sum" else 1)
+            return self.loss(model, batch) * (batch.count if self.reduction == "sum" else 1)
 
         def decode(z: Array, step: Any) -> Array:
             noise = networks.noise(jax.random.fold_in(for_weights, step), z) if drawing else None
@@ -256,7 +256,8 @@ class LEO(InnerLoop):
                 keep_path=keep_path,
             )  # fmt: skip
 
-        mean, std = networks.encode(terms.dropped(features, for_encoder, self.dropout))
+        seen = terms.dropped(features, for_encoder, self.dropout)
+        mean, std = networks.encode(seen, None if batch.weight is None else batch.present)
         noise = jax.random.normal(for_code, mean.shape, mean.dtype) if drawing else None
         start = mean if noise is None else mean + std * noise
         latent = descend(start, first, meta["inner_lr"], for_latent, decode)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from .. import roles, tree
 from ..task import Batch, Model
+from ..weights import Weight
 
 Activation = Callable[[Array], Array]
 
@@ -196,6 +197,11 @@ class ClassCodes(eqx.Module):
         Values are checked where they are known: not while a program is traced.
         """
         check_embeddings(support, self.width, "support")
+        if support.weight is not None:
+            raise ValueError(
+                "with a code for each class LEO wants equally many examples of every class, and "
+                'was given a support with weights; use codes="task", or tasks of one size'
+            )
         if support.size == 0 or support.size % self.way:
             raise ValueError(
                 f"a support of {support.size} examples cannot hold equally many of {self.way} "
@@ -217,7 +223,7 @@ class ClassCodes(eqx.Module):
         """Raise unless the queries are embeddings of that width, with labels."""
         check_embeddings(query, self.width, "query")
 
-    def encode(self, x: Float[Array, "way shot d"]) -> Codes:
+    def encode(self, x: Float[Array, "way shot d"], weight: None = None) -> Codes:
         """Return mean and σ of the codes, `(way, shot, l)`, equal for the shots of a class."""
         way, shot, _ = x.shape
         latent = self.decoder.shape[0]
@@ -356,7 +362,7 @@ class TaskCode(eqx.Module):
 
     def features(self, support: Batch) -> Float[Array, "n inputs"]:
         """Inputs beside targets, one-hot if they are labels."""
-        x, y, (inputs, outputs) = support.x, support.y, self.sizes
+        x, y, (inputs, outputs) = support.x, support.targets, self.sizes
         if jnp.issubdtype(y.dtype, jnp.integer):
             y = jax.nn.one_hot(y, outputs, dtype=x.dtype)
         x, y = (a.reshape(len(a), -1) for a in (x, y))
@@ -373,13 +379,18 @@ class TaskCode(eqx.Module):
     def check_query(self, query: Batch) -> None:
         """Queries are what the network that is generated takes."""
 
-    def encode(self, x: Float[Array, "n inputs"]) -> Codes:
-        """Return mean and σ of the code, `(l,)`."""
+    def encode(self, x: Float[Array, "n inputs"], weight: Weight = None) -> Codes:
+        """Return mean and σ of the code, `(l,)`; pairs count what their examples do."""
         if self.prior == "random":
             return jnp.zeros(self.latent, x.dtype), jnp.ones(self.latent, x.dtype)
         e = self.encoder(x, self.activation)
         pairs = jnp.concatenate([jnp.repeat(e, len(e), axis=0), jnp.tile(e, (len(e), 1))], axis=1)
-        mean, u = jnp.split(jnp.mean(self.relation(pairs, self.activation), axis=0), 2)
+        related = self.relation(pairs, self.activation)
+        if weight is None:
+            mean, u = jnp.split(jnp.mean(related, axis=0), 2)
+        else:
+            both = jnp.outer(weight, weight).ravel()
+            mean, u = jnp.split(both @ related / jnp.maximum(jnp.sum(both), 1e-12), 2)
         return mean, deviation(u)
 
     def apart(self, mean: Float[Array, " l"]) -> Float[Array, " l"]:

@@ -200,7 +200,7 @@ def _model(meta: Meta) -> Model:
 def _union(task: Task, model: Model, key: PRNGKeyArray) -> Batch:
     """Support and query as one batch: Reptile needs no split of a training task."""
     batches = [source.draw(model, key) for source in (task.support, task.query)]
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *batches)
+    return Batch.joined(*batches)
 
 
 def _minibatches(support: Source, size: int | None, key: PRNGKeyArray) -> Source:

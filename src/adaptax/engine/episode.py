@@ -105,14 +105,14 @@ class Scorer(eqx.Module):
         def scores(arrays: PyTree) -> dict[str, Any]:
             model = eqx.combine(arrays, rest)
             predicted = predictions(
-                model, query.x, support.x,
-                transductive=self.transductive, fast_path=self.fast_path,
+                model, query.x, support.x, transductive=self.transductive,
+                fast_path=self.fast_path, weights=(query.weight, support.weight),
             )  # fmt: skip
             assumed = learned_noise(model) if noise is None else noise
             found = scoring.scores(self.learner.loss, model, predicted, query, assumed)
             for by, own in (("the tasks' scores", family), ("scores=", self.scores)):
                 if own is not None:
-                    found |= scoring.checked(own(predicted, query.y), by)
+                    found |= scoring.own(own, predicted, query, by)
                     found.pop("repeats", None)
             return found
 

@@ -11,6 +11,7 @@ from ..conv import FastPath, fast
 from ..learner import Adapter, Ensemble, Meta
 from ..protocols import Noisy
 from ..task import Model, Source
+from ..weights import present, weighing
 
 
 def predict(
@@ -37,8 +38,11 @@ def predict(
     """
     key = jax.random.key(0) if key is None else key
     model = learner.adapt(meta, support, key=key)
-    known = support.draw(model, key).x
-    return predictions(model, x, known, transductive=transductive, fast_path=fast_path)
+    known = support.draw(model, key)
+    return predictions(
+        model, x, known.x, transductive=transductive, fast_path=fast_path,
+        weights=(None, known.weight),
+    )  # fmt: skip
 
 
 def predictions(
@@ -48,6 +52,7 @@ def predictions(
     *,
     transductive: bool,
     fast_path: FastPath = "auto",
+    weights: tuple[Array | None, Array | None] = (None, None),
 ) -> PyTree:
     """What an adapted model predicts; see `predict`.
 
@@ -57,21 +62,32 @@ def predictions(
         support_x: the inputs it was adapted to.
         transductive: all queries in one batch; else one by one.
         fast_path: see `adaptax.conv.fast`.
+        weights: what the queries and the examples of the support count.
     """
-    return program.call(_predict, model, x, support_x, transductive, fast_path)
+    return program.call(_predict, model, x, support_x, transductive, fast_path, weights)
 
 
 def _predict(
-    model: Model, x: PyTree, support_x: PyTree, transductive: bool, fast_path: FastPath
+    model: Model,
+    x: PyTree,
+    support_x: PyTree,
+    transductive: bool,
+    fast_path: FastPath,
+    weights: tuple[Array | None, Array | None],
 ) -> Float[Array, ...]:
     call = fast(roles.apply, fast_path)
+    of_query, of_support = (None if w is None else present(w) for w in weights)
     if transductive:
-        return call(model, x)
+        with weighing(of_query):
+            return call(model, x)
+    with_one = None if of_support is None else jnp.append(of_support, 1)
     axis = 1 if isinstance(model, Ensemble) else 0
 
     def alone(one: PyTree) -> PyTree:
         batch = jax.tree.map(lambda s, q: jnp.concatenate([s, q[None]]), support_x, one)
-        return jax.tree.map(lambda out: jnp.take(out, -1, axis=axis), call(model, batch))
+        with weighing(with_one):
+            found = call(model, batch)
+        return jax.tree.map(lambda out: jnp.take(out, -1, axis=axis), found)
 
     # Sixteen at a time bounds memory and keeps the matrix products large.
     each = jax.lax.map(alone, x, batch_size=16)

@@ -11,6 +11,7 @@ one that does not, `evaluate` reports the loss itself and claims a metric only w
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,9 +24,11 @@ from .. import losses, metrics
 from ..learner import Ensemble
 from ..losses import Loss
 from ..task import Batch, Model
+from ..weights import Weight, spread
 
-Scores = Callable[[Any, Any], Mapping[str, Array]]
-"""Scores of one's own: `f(predictions, targets) -> {name: scalar}` for the queries of one task."""
+Scores = Callable[..., Mapping[str, Array]]
+"""Scores of one's own: `f(predictions, targets) -> {name: scalar}` for the queries of one task; of
+padded tasks `f(predictions, targets, weight)`."""
 
 Select = str | Sequence[str]
 """A metric, or a metric and `"max"` or `"min"`."""
@@ -91,11 +94,11 @@ def scores(
     """
     kind, y = losses.kind_of(loss), batch.y
     if kind == "classification":
-        return _classification(predictions, y)
+        return _classification(predictions, y, batch.weight)
     if kind == "binary":
-        return metrics.binary(_same_shape(predictions, y), y)
+        return metrics.binary(_same_shape(predictions, y), y, batch.weight)
     if kind == "regression":
-        return _regression(predictions, y, noise)
+        return _regression(predictions, y, noise, batch.weight)
     return _of_own_loss(loss, model, predictions, batch, noise)
 
 
@@ -137,7 +140,29 @@ def checked(found: Any, by: str) -> dict[str, Array]:
     return {name: jnp.asarray(value, float) for name, value in found.items()}
 
 
-def _classification(logits: Array, labels: Array) -> dict[str, Array]:
+def own(function: Scores, predictions: PyTree, batch: Batch, by: str) -> dict[str, Array]:
+    """Return scores of one's own, checked.
+
+    Args:
+        function: of predictions and targets; of padded tasks also of their `weight`, by that name.
+        predictions: for the batch.
+        batch: the queries.
+        by: what to call the function.
+
+    Raises:
+        ValueError: if they are not scalars by name, or the function would count padding.
+    """
+    if batch.weight is None:
+        return checked(function(predictions, batch.y), by)
+    if "weight" not in inspect.signature(function).parameters:
+        raise ValueError(
+            f"the tasks are padded to one size, and {by} has no argument weight to leave padding "
+            "out by; write it as f(predictions, targets, weight), 0 for what does not count"
+        )
+    return checked(function(predictions, batch.y, weight=batch.weight), by)
+
+
+def _classification(logits: Array, labels: Array, weight: Weight) -> dict[str, Array]:
     if not _are_logits(logits, labels):
         raise ValueError(
             f"for labels of shape {labels.shape} the model should predict logits of shape "
@@ -146,7 +171,9 @@ def _classification(logits: Array, labels: Array) -> dict[str, Array]:
     # One label a pixel or token: each counts as a query.
     lead = logits.shape[: logits.ndim - labels.ndim - 1]
     logits = logits.reshape(*lead, -1, logits.shape[-1])
-    return metrics.classification(logits, labels.ravel()) | metrics.uncertainty(logits)
+    weight = None if weight is None else spread(weight, labels).ravel()
+    found = metrics.classification(logits, labels.ravel(), weight)
+    return found | metrics.uncertainty(logits, weight)
 
 
 def _are_logits(predictions: Array, labels: Array) -> bool:
@@ -156,10 +183,11 @@ def _are_logits(predictions: Array, labels: Array) -> bool:
     )
 
 
-def _regression(predictions: Array, y: Array, noise: Any) -> dict[str, Array]:
+def _regression(predictions: Array, y: Array, noise: Any, weight: Weight) -> dict[str, Array]:
     predictions = _same_shape(predictions, y)
     y = y if jnp.issubdtype(y.dtype, jnp.inexact) else y.astype(float)
-    return metrics.regression(predictions, y, noise) | metrics.coverage(predictions, y, noise)
+    found = metrics.regression(predictions, y, noise, weight)
+    return found | metrics.coverage(predictions, y, noise, weight)
 
 
 def _same_shape(predictions: Array, y: Array) -> Array:
@@ -192,10 +220,10 @@ def _of_own_loss(
     integers = jnp.issubdtype(y.dtype, jnp.integer)
     if integers and one.shape[:-1] == y.shape and one.shape[-1] > 1:
         fits = jnp.all((y >= 0) & (y < one.shape[-1]))
-        return found | {"claimed": _classification(predictions, y), "fits": fits}
+        return found | {"claimed": _classification(predictions, y, batch.weight), "fits": fits}
     if one.shape == y.shape:
         fits = _least_at(at, y.astype(float))
-        return found | {"claimed": _regression(predictions, y, noise), "fits": fits}
+        return found | {"claimed": _regression(predictions, y, noise, batch.weight), "fits": fits}
     return found | {"repeats": _repeats(at, one.shape, y.shape)}
 
 

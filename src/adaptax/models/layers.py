@@ -12,6 +12,7 @@ from jax import lax
 from jax.nn import initializers
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .. import weights
 from ..batch_norm import observe
 from ..conv import conv
 from ..tree import wide
@@ -79,6 +80,8 @@ class Conv2d(eqx.Module):
 class BatchNorm(eqx.Module):
     """Normalise each channel by the mean and variance of *this* batch.
 
+    Examples of weight 0 have no part in the moments; see `adaptax.Batch`.
+
     The papers of the family do so for support and query, in training and in test: running
     averages are never used (MAML, Reptile) or collected in vain (MAML++'s code). The predictions
     for a batch of queries therefore see each other; `evaluate(transductive=False)` undoes that.
@@ -137,8 +140,7 @@ class BatchNorm(eqx.Module):
         dtype, x = x.dtype, wide(x)
         # E[d²] − E[d]² takes one pass, and loses no digits when d is taken about any value of
         # the channel; the result does not depend on which, so its derivative may be cut.
-        about = lax.stop_gradient(x[(0,) * (x.ndim - 1)])
-        mean, variance = moments(x, about)
+        about, mean, variance = _moments_seen(x)
         y = self._normalised(wide(pooled) - about, mean, variance).astype(dtype)
         if self.mean is None:
             return y
@@ -164,6 +166,30 @@ class BatchNorm(eqx.Module):
         gain = lax.rsqrt(variance + self.eps)
         gain = gain if self.scale is None else gain * self.scale
         return x * gain + (self.shift - mean * gain)
+
+
+def _moments_seen(x: Array) -> tuple[Array, Array, Array]:
+    """Return a value of every channel, and mean less that value and variance of what counts.
+
+    Raises:
+        ValueError: if the batch has weights and `x` does not lead with its examples.
+    """
+    weight = weights.seen()
+    if weight is None:
+        about = lax.stop_gradient(x[(0,) * (x.ndim - 1)])
+        return about, *moments(x, about)
+    if len(weight) != len(x):
+        raise ValueError(
+            f"batch normalisation of {len(x)} rows was given the weights of {len(weight)} examples;"
+            " keep the axis of examples first, or give tasks of one size"
+        )
+    about = lax.stop_gradient(x[(jnp.argmax(weight > 0), *(0,) * (x.ndim - 2))])
+    axes = tuple(range(x.ndim - 1))
+    share = weight / jnp.sum(weight) * (weight.size * x.shape[-1] / x.size)
+    share = share.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+    d = jnp.where(share > 0, x - about, 0)
+    mean = jnp.sum(share * d, axes)
+    return about, mean, jnp.sum(share * d * d, axes) - mean * mean
 
 
 @jax.custom_jvp

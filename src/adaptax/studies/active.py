@@ -373,6 +373,12 @@ def _facts(learner: Adapter, meta: Meta, task: Task, key: PRNGKeyArray) -> _Fact
             "active learning needs examples that can be chosen one by one"
         )
 
+    if task.support.weight is not None:
+        raise ValueError(
+            "active learning asks for examples of tasks of one size, and these are padded; give "
+            "shot= as one number, and every target"
+        )
+
     def look(meta: Meta, task: Task) -> tuple[Batch, Array]:
         model = learner.adapt(meta, task.support, key=key)
         query = task.query.draw(model, key)

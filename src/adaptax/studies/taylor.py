@@ -266,10 +266,11 @@ def _measure(
 
 def _cut(support: Any, n: int, key: PRNGKeyArray) -> Batch:
     """The support as n minibatches of one size, at random: `(n, size, ...)`."""
-    if not isinstance(support, Batch) or support.size < n:
+    if not isinstance(support, Batch) or support.weight is not None or support.size < n:
         raise ValueError(
-            f"the support of a task should be a Batch of {n} or more examples, to be cut into {n} "
-            f"minibatches, and is {getattr(support, 'size', type(support).__name__)}"
+            f"the support of a task should be a Batch of {n} or more examples without weights, to "
+            f"be cut into {n} minibatches, and is "
+            f"{getattr(support, 'size', type(support).__name__)}"
         )
     cut = Minibatches(support, support.size // n, key)
     parts = [cut.at(i).draw(None, key) for i in range(n)]
