@@ -12,8 +12,9 @@ import optax
 import pytest
 
 import adaptax as ax
-from adaptax import losses, metrics, report
+from adaptax import losses, metrics
 from adaptax.engine import scoring
+from adaptax.report import report_table
 
 KEY = jax.random.key(0)
 REGRESSION = {"mse", "nll", "coverage_50", "coverage_90", "coverage_95"}
@@ -121,7 +122,7 @@ def test_the_loss_says_what_is_scored(loss, target, net, metric, primary):
         assert np.allclose(found.values["loss"][:, 0], [loss(net, q) for q in first], rtol=rtol)
     assert primary in str(found)
     json.dumps(found.to_json(), allow_nan=False)
-    report.tables.report_table(found)
+    report_table(found)
 
 
 def test_a_loss_that_broadcasts_is_refused():
