@@ -133,6 +133,18 @@ def test_interrupted_and_resumed_is_uninterrupted(here, capsys, monkeypatch):
         np.testing.assert_array_equal(parts.get_tensor("meta/head/weight"), whole.head.weight)
 
 
+def test_minutes_stop_a_run_in_time_and_it_goes_on(here, capsys):
+    words = ["train", "maml", "sinusoid", "--steps", "600", "--episodes", "6", "--set",
+             "network.mlp=[8]", "--run", "run", "--minutes", "0"]  # fmt: skip
+    assert main(words) == 75
+    said = capsys.readouterr().err
+    assert said.startswith("adaptax: out of time, and saved in run; go on with: adaptax train")
+    assert "--resume run --minutes 0 (meta-step 500 of 600)" in said
+    assert not (here / "run" / "test.json").exists()
+    assert main(["train", "--resume", "run", "--minutes", "9", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["training"]["steps"] == 600
+
+
 def test_what_is_not_to_be_trained_is_left_alone(here, capsys):
     assert main([*SINE, "--train-only", "head", "--run", "run"]) == 0
     with safe_open(here / "run" / "checkpoint.safetensors", framework="numpy") as file:

@@ -16,7 +16,7 @@ import pytest
 import adaptax as ax
 from adaptax import io
 from adaptax.engine.run import Run, differences
-from adaptax.process import interruptible
+from adaptax.process import TimeOver, at_most, check_time, interruptible, time_left
 
 STATE = {"step": jnp.array(6), "w": jnp.ones((3, 2)), "best": jnp.array([-jnp.inf, 1.0])}
 FACTS = {"plan": {"steps": 12, "learner.inner_lr": 0.01}}
@@ -224,6 +224,38 @@ def test_signals_that_are_ignored_stay_so(name):
             assert not interrupted()
     finally:
         signal.signal(number, before)
+
+
+def test_minutes_end_what_is_inside_alone():
+    with at_most(None):
+        check_time()
+        with at_most(0.0):
+            assert time_left() <= 0
+            with pytest.raises(TimeOver):
+                check_time()
+        assert time_left() == float("inf")
+
+
+def test_a_run_that_stops_in_time_goes_on_to_the_same_bits(tmp_path):
+    tasks, key = ax.tasks.sinusoid(shot=3, query=3).train, jax.random.key(0)
+    model = ax.models.MLP(1, 1, (4,), key=key)
+
+    def train(folder):
+        learner = ax.MAML(ax.losses.mse, 0.01)
+        how = {"steps": 6, "meta_batch": 2, "chunk": 2, "key": key, "resume": "auto"}
+        return ax.fit(learner, model, tasks, run=tmp_path / folder, **how)
+
+    whole = train("whole")
+    for step in (2, 4):
+        with at_most(0.0):
+            result = train("parts")
+        assert (result.stopped, result.step) == ("out of time", step)
+    with at_most(0.0):  # nothing is left to be stopped
+        assert train("parts").stopped == "done"
+    assert (tmp_path / "parts" / "checkpoint.safetensors").read_bytes() == (
+        tmp_path / "whole" / "checkpoint.safetensors"
+    ).read_bytes()
+    assert whole.stopped == "done"
 
 
 FORK = """

@@ -1,15 +1,18 @@
-"""What a run asks of its process: interrupts that save, one process a folder, no fork after use."""
+"""What a run asks of its process: to stop in time with all saved, one process a folder, no fork."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import socket
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +24,56 @@ except ImportError:  # Windows
 
 class Interrupted(Exception):
     """Ctrl-C, with what it says on the way out: how to resume."""
+
+
+class OutOfTime(Interrupted):
+    """The minutes that a command was given are over, likewise."""
+
+
+class TimeOver(KeyboardInterrupt):
+    """The minutes are over in the middle of something that is done as a whole, such as a test."""
+
+
+def ended(by_time: bool, kept: str) -> Interrupted:
+    """Return the exception that ends a command.
+
+    Args:
+        by_time: whether its minutes are over; else it was interrupted.
+        kept: what is saved, and how to go on.
+    """
+    return OutOfTime(f"out of time, {kept}") if by_time else Interrupted(f"interrupted, {kept}")
+
+
+_ends: ContextVar[float] = ContextVar("ends", default=math.inf)
+
+
+@contextlib.contextmanager
+def at_most(minutes: float | None) -> Iterator[None]:
+    """Let what is inside take so many minutes: trainings stop before they are over, and save.
+
+    Args:
+        minutes: from now on; without end if `None`.
+    """
+    token = _ends.set(math.inf if minutes is None else time.monotonic() + 60 * minutes)
+    try:
+        yield
+    finally:
+        _ends.reset(token)
+
+
+def time_left() -> float:
+    """Return the seconds until the minutes of `at_most` are over; infinite without."""
+    return _ends.get() - time.monotonic()
+
+
+def check_time() -> None:
+    """Raise once the minutes of `at_most` are over.
+
+    Raises:
+        TimeOver: then.
+    """
+    if time_left() < 0:
+        raise TimeOver
 
 
 _forked = False

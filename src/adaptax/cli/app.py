@@ -19,7 +19,7 @@ from typing import Any
 
 from .. import __version__
 from ..caches import keep_programs
-from ..process import Interrupted
+from ..process import Interrupted, OutOfTime, at_most
 from ..text import shown
 from . import commands
 from .parsing import parse
@@ -41,6 +41,9 @@ COMMANDS: dict[str, tuple[type, str]] = {
 }
 """The options of every command, and the function of `adaptax.cli` that runs it."""
 
+TRY_AGAIN = 75
+"""Exit code of a command whose minutes are over: `EX_TEMPFAIL` of sysexits.h."""
+
 HOST_DEVICES = "--xla_force_host_platform_device_count"
 PACKAGE = str(Path(__file__).parents[1])
 
@@ -52,8 +55,9 @@ def main(args: Sequence[str] | None = None) -> int:
         args: words of the command; those of the process if `None`.
 
     Returns:
-        0; 2 for bad input, and for faults of this package; 130 for Ctrl-C. With ADAPTAX_DEBUG=1
-        errors are raised instead.
+        0; 2 for bad input, and for faults of this package; 75 when the minutes of `--minutes` are
+        over and there is more to do; 130 for Ctrl-C. With ADAPTAX_DEBUG=1 errors are raised
+        instead.
     """
     _open_streams()
     code = _run(list(sys.argv[1:] if args is None else args))
@@ -79,7 +83,7 @@ def _run(words: list[str]) -> int:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Interrupted as stop:
         _say(str(stop))
-        return 130
+        return TRY_AGAIN if isinstance(stop, OutOfTime) else 130
     except KeyboardInterrupt:
         _say("interrupted")
         return 130
@@ -102,7 +106,8 @@ def _call(options: object) -> None:
     jax.config.update("jax_traceback_filtering", "off")
     (place,) = (place for kind, place in COMMANDS.values() if kind is type(options))
     module, name = place.split(":")
-    getattr(importlib.import_module(f".{module}", __package__), name)(options)
+    with at_most(getattr(options, "minutes", None)):
+        getattr(importlib.import_module(f".{module}", __package__), name)(options)
 
 
 def _say(text: str) -> None:

@@ -111,6 +111,8 @@ class Train:
     """start from what the run in this folder learned: PLATIPUS from MAML"""
     resume: Word = None
     """go on with the run in this folder, with its own settings; --steps extends it"""
+    minutes: OwnFloat = None
+    """stop in time, with all saved: exit code 75, and the same command goes on"""
     validate_every: OwnCount = None
     """meta-steps between validations, else a tenth of all"""
     patience: OwnCount = None
@@ -212,6 +214,8 @@ class Compare:
     """the images of the task family `folder`, a class a directory"""
     out: Word = None
     """folder to write, else runs/compare-TASKS"""
+    minutes: OwnFloat = None
+    """stop in time, with all saved: exit code 75, and the same command goes on"""
     format: Format = "png"
     """of figures, beside PNG"""
     json: Flag = False
@@ -253,6 +257,8 @@ class Ablate:
     """folder of the data sets, else ADAPTAX_DATA, else the user's cache"""
     out: Word = None
     """folder to write, else runs/ablate-TASKS"""
+    minutes: OwnFloat = None
+    """stop in time, with all saved: exit code 75, and the same command goes on"""
     format: Format = "png"
     """of figures, beside PNG"""
     json: Flag = False
@@ -314,6 +320,8 @@ class RecipesRun:
     """the images or embeddings of a recipe on the task families `folder` and `embeddings`"""
     run: Word = None
     """folder to write, else runs/NAME"""
+    minutes: OwnFloat = None
+    """stop in time, with all saved: exit code 75, and the same command goes on"""
     set: UseAppendAction[tuple[str, ...]] = ()
     """any setting of the experiment, such as `--set learner.remat=true`"""
     trust: UseAppendAction[tuple[str, ...]] = ()
@@ -397,6 +405,8 @@ class AnalyzeGradients:
     """folder of the data sets, else ADAPTAX_DATA, else the user's cache"""
     out: Word = None
     """folder to write, else runs/analyze-STUDY"""
+    minutes: OwnFloat = None
+    """stop in time, with all saved: exit code 75, and the same command goes on"""
     format: Format = "png"
     """of figures, beside PNG"""
     json: Flag = False
@@ -559,6 +569,8 @@ class Pretrain:
     """folder to write, else runs/pretrain-BACKBONE-DATA"""
     resume: Word = None
     """go on with the run in this folder, with its own settings"""
+    minutes: OwnFloat = None
+    """stop in time, with all saved: exit code 75, and the same command goes on"""
     json: Flag = False
     """print the result as JSON"""
 

@@ -82,7 +82,8 @@ def _begun(options: Pretrain) -> tuple[Path, dict[str, Any]]:
     """Return the folder and the configuration of a new run."""
     if options.data is None:
         raise ValueError(f"pretrain wants the data: {', '.join(FAMILIES)}; or --resume RUN")
-    own = {n: v for n, v in vars(options).items() if n not in ("run", "resume", "json")}
+    other = ("run", "resume", "minutes", "json")
+    own = {n: v for n, v in vars(options).items() if n not in other}
     config = extractor_config(**own)
     name = f"pretrain-{options.backbone}-{options.data}"
     return Path(options.run) if options.run else free_folder(name), config
@@ -91,7 +92,7 @@ def _begun(options: Pretrain) -> tuple[Path, dict[str, Any]]:
 def _resumed(options: Pretrain) -> tuple[Path, dict[str, Any]]:
     """Return the folder and the configuration of a run that goes on."""
     for field in dataclasses.fields(Pretrain):
-        if field.name not in ("resume", "data_root", "json") and (
+        if field.name not in ("resume", "data_root", "minutes", "json") and (
             getattr(options, field.name) != field.default
         ):
             raise ValueError(

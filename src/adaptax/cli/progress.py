@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from ..process import check_time
 from ..recipes.budget import Budget
 from ..recipes.runs import Warn
 from ..report import number
@@ -135,6 +136,8 @@ def scoring(title: str, episodes: int, console: Console) -> Iterator[Any]:
         def watch(done: int) -> None:
             minutes.say(f"{title}: {done:,} of {episodes:,}")
             bar.update(task, completed=done)
+            if done < episodes:
+                check_time()
 
         yield watch
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import studies
-from ..process import Interrupted
+from ..process import TimeOver, ended
 from ..report.record import dump
 from .commands import Ablate, AnalyzeActive, AnalyzeGradients, AnalyzeTaylor, Compare
 from .console import consoles
@@ -61,13 +61,15 @@ def _run(
         again.append(command(options, words, positional, folder))
         return again[0]
 
-    own = {name: v for name, v in vars(options).items() if name not in ("json", "format")}
+    of_the_command = ("json", "format", "minutes")
+    own = {name: v for name, v in vars(options).items() if name not in of_the_command}
     try:
         found = study(**own, progress=Shown(console), command=go_on)
         result = found.save(format=options.format)
-    except KeyboardInterrupt:
-        kept = "".join(f"; what is trained is kept, go on with: {line}" for line in again)
-        raise Interrupted(f"interrupted{kept}") from None
+    except KeyboardInterrupt as stop:
+        line = again[0] if again else "the same command"
+        kept = f"what is trained is kept; go on with: {line}"
+        raise ended(isinstance(stop, TimeOver), kept) from None
     if options.json:
         print(dump(result))
         return

@@ -93,7 +93,9 @@ def run_recipe(options: RecipesRun) -> None:
 def _train_and_test_all(config: dict[str, Any], path: Path, options: Train | RecipesRun) -> None:
     """Train and test once, or for several seeds, and write the mean and spread of the scores."""
     if options.seeds == 1:
-        _train_and_test(config, path, as_json=options.json, format=options.format)
+        _train_and_test(
+            config, path, as_json=options.json, format=options.format, minutes=options.minutes
+        )
         return
     first, found = config["experiment"]["seed"], []
     command = config["command"] + ("" if options.run else f" --run {shlex.quote(str(path))}")
@@ -191,7 +193,8 @@ def _returns(trained: Trained, found: Report) -> dict[str, Figure]:
 
 
 def _resume(options: Train) -> None:
-    mine = {"algorithm", "tasks", "resume", "steps", "data_root", "path", "trust", "format", "json"}
+    mine = {"algorithm", "tasks", "resume", "steps", "minutes", "data_root", "path", "trust",
+            "format", "json"}  # fmt: skip
     for field in dataclasses.fields(Train):
         if field.name not in mine and getattr(options, field.name) != field.default:
             raise ValueError(
@@ -216,7 +219,9 @@ def _resume(options: Train) -> None:
             "these from here on",
             soft_wrap=True,
         )
-    _train_and_test(config, path, as_json=options.json, format=options.format)
+    _train_and_test(
+        config, path, as_json=options.json, format=options.format, minutes=options.minutes
+    )
 
 
 def _train_and_test(
@@ -225,6 +230,7 @@ def _train_and_test(
     *,
     as_json: bool,
     format: Format = "png",
+    minutes: float | None = None,
     command: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -232,12 +238,12 @@ def _train_and_test(
     out, progress = consoles()
     own = sorted(table.own_modules(config["experiment"]))
     trusted = [word for module in own for word in ("--trust", module)]
-    resume_command = command or shlex.join(["adaptax", "train", "--resume", str(path), *trusted])
+    limit = [] if minutes is None else ["--minutes", f"{minutes:g}"]
+    again = ["adaptax", "train", "--resume", str(path), *limit, *trusted]
+    resume_command = command or shlex.join(again)
     trained = fit(config, path, resume_command, Shown(progress))
     experiment = trained.experiment
-    with nothing_lost(
-        f"interrupted after training, which is saved in {path}; test with: {resume_command}"
-    ):
+    with nothing_lost(f"after training, which is saved in {path}; test with: {resume_command}"):
         reports = _test(trained, progress, config.get("sized", False))
         plots = pictures(trained, reports["test"], path, format)
     result: dict[str, Any] = {

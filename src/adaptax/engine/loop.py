@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from ..process import interruptible
+from ..process import interruptible, time_left
 from ..task import TaskDistribution
 from . import feed
 from .run import Facts, Run
@@ -70,7 +70,10 @@ class Loop(Generic[State]):
     exhausted: Callable[[State], bool] = lambda state: False
 
     def __call__(self, state: State, start: int) -> tuple[State, str]:
-        """The state at the end, and why it ended: `"done"`, `"early"` or `"interrupted"`.
+        """The state at the end, and why it ended.
+
+        `"done"`, `"early"`, `"interrupted"`, or `"out of time"`: no time is left for another chunk
+        that takes as long as the longest so far (`adaptax.process.at_most`).
 
         Args:
             state: to start from.
@@ -79,7 +82,7 @@ class Loop(Generic[State]):
         if self.exhausted(state):
             return state, "early"
         jobs = (lambda b=b: (*b, self.load(*b)) for b in self._bounds(start))
-        saved = -float("inf")
+        saved, longest, last = -float("inf"), 0.0, time.monotonic()
         with interruptible() as interrupted:
             for start, end, loaded in feed.prefetch(self.tasks, jobs):
                 began = time.perf_counter()
@@ -102,10 +105,12 @@ class Loop(Generic[State]):
                     raise failure(state)
                 if self.exhausted(state):
                     return state, "early"
-                if interrupted() and end < self.steps:
+                now = time.monotonic()
+                longest, last = max(longest, now - last), now
+                if (interrupted() or time_left() < longest) and end < self.steps:
                     if not keeps:
                         self._save(state)
-                    return state, "interrupted"
+                    return state, "interrupted" if interrupted() else "out of time"
         return state, "done"
 
     def _bounds(self, start: int) -> Iterator[tuple[int, int]]:

@@ -51,7 +51,7 @@ class Pretraining:
         step: steps done.
         accuracy: on the images held out of the meta-train classes; `None` where none are.
         history: a record for every chunk of steps.
-        stopped: `"done"` or `"interrupted"`.
+        stopped: `"done"`, `"interrupted"` or `"out of time"`.
     """
 
     model: Model

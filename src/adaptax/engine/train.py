@@ -60,7 +60,7 @@ class Result:
         kept: the best meta-parameters by validation, best first, stacked along a leading axis, for
             `adaptax.CheckpointEnsemble`; `None` without validation.
         history: a record for every chunk of steps: step, loss, seconds, and validation scores.
-        stopped: why training ended: `"done"`, `"early"` or `"interrupted"`.
+        stopped: why training ended: `"done"`, `"early"`, `"interrupted"` or `"out of time"`.
     """
 
     meta: Meta

@@ -19,7 +19,7 @@ from ..engine.fingerprint import fingerprint
 from ..engine.pretrain import Pretraining, check_train, restore, step_count
 from ..engine.pretrain import pretrain as train_classifier
 from ..engine.run import Run, differences
-from ..process import Interrupted
+from ..process import ended
 from ..task import Model, Splits
 from ..tasks.bank import NAMES
 from ..tasks.embedding_archive import read_archive
@@ -141,7 +141,7 @@ def fit_extractor(
         The training, and its configuration with what the data told.
 
     Raises:
-        Interrupted: on Ctrl-C, with the command that goes on.
+        Interrupted: on Ctrl-C, or in time, with the command that goes on.
         ValueError: if the folder holds a run with other settings.
     """
     splits, how = splits_of(config), config["training"]
@@ -170,12 +170,11 @@ def fit_extractor(
             watch=watch,
             **how,
         )
-    if result.stopped == "interrupted":
+    if result.stopped != "done":
         go_on = shlex.join(["adaptax", "pretrain", "--resume", str(path)])
-        raise Interrupted(
-            f"interrupted, and saved in {path}; go on with: {go_on} "
-            f"(step {result.step:,} of {steps:,})"
-        )
+        done = f"(step {result.step:,} of {steps:,})"
+        kept = f"and saved in {path}; go on with: {go_on} {done}"
+        raise ended(result.stopped == "out of time", kept)
     return result, config
 
 

@@ -23,7 +23,7 @@ from ..engine.report import Report
 from ..engine.run import Run, differences
 from ..engine.train import fit as ax_fit
 from ..learner import Meta, MetaLearner
-from ..process import Interrupted
+from ..process import TimeOver, ended
 from ..task import Batch, Model, Source, Splits
 from . import schema, table
 from .budget import Budget, budget
@@ -278,7 +278,7 @@ def fit(
         validation: arguments of `adaptax.evaluate` for it; as the test, but shorter, if `None`.
 
     Raises:
-        Interrupted: on Ctrl-C, with `resume_command`.
+        Interrupted: on Ctrl-C, or in time (`adaptax.process.at_most`), with `resume_command`.
         ValueError: if the folder holds a run of another experiment, and what `fit` raises.
         BlockingIOError: if another process works on the folder.
     """
@@ -289,7 +289,7 @@ def fit(
     test = experiment.splits(config["data_root"], test=True) if experiment.test_task else splits
     experiment.check(test)
     title = f"{experiment.title} on {experiment.tasks}"
-    stop = f"interrupted, and saved in {path}; go on with: {resume_command}"
+    kept = f"and saved in {path}; go on with: {resume_command}"
     with nothing_half_written(run), run:
         config = _held(run, config)
         run.write_config(config)
@@ -312,9 +312,10 @@ def fit(
             result = experiment.train(
                 splits, run, init_from=start, validate=splits.val, watch=watch, resume="auto", **how
             )
-    if result.stopped == "interrupted":
-        raise Interrupted(f"{stop} (meta-step {result.step:,} of {experiment.steps:,})")
-    with nothing_lost(stop):
+    if result.stopped in ("interrupted", "out of time"):
+        done = f"(meta-step {result.step:,} of {experiment.steps:,})"
+        raise ended(result.stopped == "out of time", f"{kept} {done}")
+    with nothing_lost(kept):
         tuned = (
             experiment_in(config, path)
             if "tuned" in config
@@ -454,12 +455,12 @@ def nothing_half_written(run: Run) -> Iterator[None]:
 
 
 @contextmanager
-def nothing_lost(message: str) -> Iterator[None]:
-    """Turn Ctrl-C after a training into `Interrupted` with a message: what is trained is kept."""
+def nothing_lost(kept: str) -> Iterator[None]:
+    """Turn Ctrl-C after a training into `Interrupted`, which says what is kept; see `ended`."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise Interrupted(message) from None
+    except KeyboardInterrupt as stop:
+        raise ended(isinstance(stop, TimeOver), kept) from None
 
 
 @dataclasses.dataclass(frozen=True)
