@@ -21,7 +21,7 @@ from .episode import Scorer
 from .mapping import Mapping, chunk_size, everywhere, local_mesh
 from .report import Report
 from .scoring import Scores, Select
-from .work import NONE, Work, episodes_at_once
+from .work import NONE, Work, episodes_at_once, heavy
 
 PREDICTING = {"at": None, "transductive": True, "noise": 1.0, "scores": None, "select": None}
 """Arguments of `Evaluator` that say how predictions are scored, and their defaults."""
@@ -157,8 +157,15 @@ class Evaluator:
         size, facts, given = self._look(roles.deduplicate(meta), key, assumed)
         # The tail of the last chunk repeats the last episode, so that one program does for all.
         # An interrupt waits for the end of a chunk, so that few heavy episodes make one.
-        chunk = episodes_at_once(facts.get("work", NONE), size, self.episodes)
-        mesh = local_mesh(chunk) if self.acting else None
+        episode = facts.get("work", NONE)
+        chunk = episodes_at_once(episode, size, self.episodes)
+        mesh = None
+        if self.acting:
+            mesh = local_mesh(chunk)
+        elif heavy(episode):
+            devices = len(jax.local_devices())
+            chunk += -chunk % devices if chunk > devices else 0
+            mesh = local_mesh(chunk)
         jobs = (lambda s=s: self._load(s, chunk, key) for s in range(0, self.episodes, chunk))
         parts = []
         for loaded in feed.prefetch(self.tasks, jobs):
