@@ -32,7 +32,7 @@ def here(tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("ADAPTAX_CACHE", str(tmp_path_factory.getbasetemp() / "decoded"))
     monkeypatch.delenv("ADAPTAX_DEBUG", raising=False)
     monkeypatch.setattr(PRETRAIN, "CHUNK", 6)
-    monkeypatch.setattr(PRETRAIN, "local_mesh", lambda *given: None)  # as with one device
+    monkeypatch.setattr(PRETRAIN, "task_mesh", lambda *given: None)  # as with one device
     return tmp_path
 
 
@@ -60,7 +60,7 @@ def run(photos, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ADAPTAX_CACHE", str(path.parent / "cache"))
         patch.setattr(PRETRAIN, "CHUNK", 6)
-        patch.setattr(PRETRAIN, "local_mesh", lambda *given: None)
+        patch.setattr(PRETRAIN, "task_mesh", lambda *given: None)
         assert main([*words, "--run", str(path)]) == 0
     return path
 

@@ -14,10 +14,10 @@ SOURCE = ROOT / "src" / "adaptax"
 
 GROUND = {
     "task", "tree", "roles", "losses", "metrics", "io", "text", "process", "protocols", "origins",
-    "distributions", "checks", "caches", "weights",
+    "distributions", "checks", "caches", "processes", "weights",
 }  # fmt: skip
 PRIMITIVES = {"inner", "svgd", "conv", "rewrite", "batch_norm", "roots", "watch", "program", "look",
-              "switch", "conv_forms", "pooling", "modes", "beside",
+              "switch", "conv_forms", "pooling",
               "primitive"}  # fmt: skip
 ROOMS = {
     "ground": set(),

@@ -43,6 +43,7 @@ from .io import load, save
 from .learner import Adapter, Batched, Ensemble, Functional, MetaLearner
 from .losses import Loss
 from .models.bridge import from_torch, to_torch
+from .processes import distributed
 from .recipes.runs import LoadedRun, load_run
 from .task import (
     Batch,
@@ -98,6 +99,7 @@ __all__ = [
     "TrainingDiverged",
     "batch_norm",
     "conv",
+    "distributed",
     "evaluate",
     "extract",
     "fit",

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from . import modes, program, roles, tree
+from . import program, roles, tree
 from .losses import Loss
 from .task import Model, Source, Task
 from .text import readable
@@ -195,9 +195,6 @@ class MetaLearner(Adapter):
 
 class InnerLoop(MetaLearner):
     """Abstract: adapts by an inner loop of `inner_steps` steps, which are its iterates."""
-
-    def __check_init__(self) -> None:
-        modes.parse(getattr(self, "meta_gradient", "auto"))
 
     @property
     def steps(self) -> int:

@@ -30,6 +30,10 @@ class OutOfTime(Interrupted):
     """The minutes that a command was given are over, likewise."""
 
 
+class ProcessLost(Interrupted):
+    """Another process of several that work together is gone, likewise."""
+
+
 class TimeOver(KeyboardInterrupt):
     """The minutes are over in the middle of something that is done as a whole, such as a test."""
 
@@ -64,16 +68,6 @@ def at_most(minutes: float | None) -> Iterator[None]:
 def time_left() -> float:
     """Return the seconds until the minutes of `at_most` are over; infinite without."""
     return _ends.get() - time.monotonic()
-
-
-def check_time() -> None:
-    """Raise once the minutes of `at_most` are over.
-
-    Raises:
-        TimeOver: then.
-    """
-    if time_left() < 0:
-        raise TimeOver
 
 
 _forked = False

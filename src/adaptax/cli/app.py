@@ -19,7 +19,7 @@ from typing import Any
 
 from .. import __version__
 from ..caches import keep_programs
-from ..process import Interrupted, OutOfTime, at_most
+from ..process import Interrupted, OutOfTime, ProcessLost, at_most
 from ..text import shown
 from . import commands
 from .parsing import parse
@@ -56,8 +56,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         0; 2 for bad input, and for faults of this package; 75 when the minutes of `--minutes` are
-        over and there is more to do; 130 for Ctrl-C. With ADAPTAX_DEBUG=1 errors are raised
-        instead.
+        over and there is more to do, or another process is gone; 130 for Ctrl-C. With
+        ADAPTAX_DEBUG=1 errors are raised instead.
     """
     _open_streams()
     code = _run(list(sys.argv[1:] if args is None else args))
@@ -81,8 +81,12 @@ def _run(words: list[str]) -> int:
             sys.stdout.flush()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except Interrupted as stop:
+    except ProcessLost as stop:
         _say(str(stop))
+        return _leave(TRY_AGAIN)
+    except Interrupted as stop:
+        if not _is_silent():
+            _say(str(stop))
         return TRY_AGAIN if isinstance(stop, OutOfTime) else 130
     except KeyboardInterrupt:
         _say("interrupted")
@@ -92,9 +96,67 @@ def _run(words: list[str]) -> int:
     except Exception as error:
         if os.environ.get("ADAPTAX_DEBUG"):
             raise
-        _say(f"error: {_sentence(error)}")
-        return 2
+        if not _is_told(error):
+            _say(f"error: {_sentence(error)}")
+        return _leave(2)
     return 0
+
+
+def _is_silent() -> bool:
+    from .console import is_silent
+
+    return is_silent()
+
+
+def _is_told(error: Exception) -> bool:
+    """Whether another process says it, which has the same error."""
+    same = isinstance(error, FloatingPointError) or hasattr(error, "said_by_first")
+    return same and _is_silent()
+
+
+_joined = False
+
+
+def _leave(code: int) -> int:
+    """The exit code; of several processes at once, as the others may wait for this one."""
+    if _joined:
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _own_stdout() -> None:
+    """Keep stdout for what is printed here: the library that connects processes uses it, too."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.close(nowhere)
+        sys.stdout = open(kept, "w", errors="backslashreplace")  # noqa: SIM115 - as long as it runs
+
+
+def _join(options: object) -> None:
+    """Join the other processes, if there are any; all but the first are silent."""
+    global _joined
+    if not hasattr(options, "coordinator"):
+        return
+    from .. import processes
+    from .console import be_silent
+
+    names = ("coordinator", "processes", "process_id")
+    given = {name: getattr(options, name) for name in names}
+    if given["coordinator"] == "auto":
+        given["coordinator"] = None
+    elif all(value is None for value in given.values()) and not processes.detected():
+        return
+    processes.check(**given)
+    _own_stdout()
+    processes.distributed(**given)
+    _joined = processes.several()
+    if not processes.first():
+        be_silent()
 
 
 def _call(options: object) -> None:
@@ -106,6 +168,7 @@ def _call(options: object) -> None:
     jax.config.update("jax_traceback_filtering", "off")
     (place,) = (place for kind, place in COMMANDS.values() if kind is type(options))
     module, name = place.split(":")
+    _join(options)
     with at_most(getattr(options, "minutes", None)):
         getattr(importlib.import_module(f".{module}", __package__), name)(options)
 
@@ -126,8 +189,16 @@ def _share_cores(words: Sequence[str] = ()) -> None:
     if HOST_DEVICES not in flags:
         cores = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
                     else os.cpu_count() or 1, 8)  # fmt: skip
-        cores = _devices_before(words) or cores
+        cores = _devices_before(words) or max(cores // _beside(words), 1)
         os.environ["XLA_FLAGS"] = f"{flags} {HOST_DEVICES}={cores}".strip()
+
+
+def _beside(words: Sequence[str]) -> int:
+    """How many processes of this command share this machine, as far as its options say."""
+    named = dict(itertools.pairwise(part for word in words for part in word.split("=", 1)))
+    local = named.get("--coordinator", "").rpartition(":")[0] in ("localhost", "127.0.0.1")
+    count = named.get("--processes", "1")
+    return int(count) if local and count.isdecimal() and int(count) else 1
 
 
 def _devices_before(words: Sequence[str]) -> int | None:
@@ -161,7 +232,8 @@ def _open_streams() -> None:
 @contextmanager
 def _warnings_in_a_line() -> Iterator[None]:
     def show(message: Warning | str, *where: Any, **more: Any) -> None:
-        _say(f"warning: {_line(message)}")
+        if not _is_silent():
+            _say(f"warning: {_line(message)}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show

@@ -128,11 +128,17 @@ class Train:
     mapping: Mapping = "auto"
     """how to map over tasks"""
     set: UseAppendAction[tuple[str, ...]] = ()
-    """any setting of the experiment, such as `--set learner.meta_gradient=forward`"""
+    """any setting of the experiment, such as `--set learner.remat=true`"""
     trust: UseAppendAction[tuple[str, ...]] = ()
     """a module of your own that the run to resume or to start from may import"""
     format: Format = "png"
     """of figures, beside PNG"""
+    coordinator: Word = None
+    """of several processes: host:port of the first, or auto where a cluster says it"""
+    processes: OwnCount = None
+    """how many there are"""
+    process_id: OwnInt = None
+    """which one this is, from 0"""
     json: Flag = False
     """print the result as JSON"""
 
@@ -168,6 +174,12 @@ class Evaluate:
     """where the images or embeddings are, if not where they were in training"""
     trust: UseAppendAction[tuple[str, ...]] = ()
     """a module of your own that the run names and may import"""
+    coordinator: Word = None
+    """of several processes: host:port of the first, or auto where a cluster says it"""
+    processes: OwnCount = None
+    """how many there are"""
+    process_id: OwnInt = None
+    """which one this is, from 0"""
     json: Flag = False
     """print the scores as JSON"""
 
@@ -323,11 +335,17 @@ class RecipesRun:
     minutes: OwnFloat = None
     """stop in time, with all saved: exit code 75, and the same command goes on"""
     set: UseAppendAction[tuple[str, ...]] = ()
-    """any setting of the experiment, such as `--set learner.meta_gradient=forward`"""
+    """any setting of the experiment, such as `--set learner.remat=true`"""
     trust: UseAppendAction[tuple[str, ...]] = ()
     """a module of your own that the recipe names and may import"""
     format: Format = "png"
     """of figures, beside PNG"""
+    coordinator: Word = None
+    """of several processes: host:port of the first, or auto where a cluster says it"""
+    processes: OwnCount = None
+    """how many there are"""
+    process_id: OwnInt = None
+    """which one this is, from 0"""
     json: Flag = False
     """print the result as JSON"""
 
@@ -571,6 +589,12 @@ class Pretrain:
     """go on with the run in this folder, with its own settings"""
     minutes: OwnFloat = None
     """stop in time, with all saved: exit code 75, and the same command goes on"""
+    coordinator: Word = None
+    """of several processes: host:port of the first, or auto where a cluster says it"""
+    processes: OwnCount = None
+    """how many there are"""
+    process_id: OwnInt = None
+    """which one this is, from 0"""
     json: Flag = False
     """print the result as JSON"""
 

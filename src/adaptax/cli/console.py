@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -26,10 +27,25 @@ class Plain(Console):
         raise BrokenPipeError
 
 
+_silent = False
+
+
+def be_silent() -> None:
+    """Show neither results nor progress from here on: another process does."""
+    global _silent
+    _silent = True
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+
+
+def is_silent() -> bool:
+    """Return whether another process shows results and progress."""
+    return _silent
+
+
 def consoles() -> tuple[Console, Console]:
     """For results, on stdout, and for progress, on stderr."""
     wide = None if sys.stdout.isatty() else 140
-    return Plain(width=wide), Plain(stderr=True)
+    return Plain(width=wide, quiet=_silent), Plain(stderr=True, quiet=_silent)
 
 
 def say(text: str) -> None:

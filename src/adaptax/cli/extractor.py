@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from .. import report
+from .. import processes, report
 from ..engine.run import Run
 from ..recipes.extractors import (
     FAMILIES,
@@ -21,6 +21,9 @@ from ..report.record import dump, facts, keep
 from .commands import Embed, Pretrain
 from .console import consoles
 from .progress import Shown
+
+OF_THE_COMMAND = ("resume", "minutes", "json", "coordinator", "processes", "process_id")
+"""Options of `pretrain` that are no settings of a run."""
 
 
 def pretrain(options: Pretrain) -> None:
@@ -37,7 +40,7 @@ def pretrain(options: Pretrain) -> None:
         **facts(),
         "training": {"steps": result.step, "seconds": seconds, "stopped": result.stopped},
         "config": config,
-        "plots": report.save(curve, path),
+        "plots": report.save(curve, path) if processes.first() else [],
     }
     keep(path / "pretrained.json", summary)
     if options.json:
@@ -82,17 +85,16 @@ def _begun(options: Pretrain) -> tuple[Path, dict[str, Any]]:
     """Return the folder and the configuration of a new run."""
     if options.data is None:
         raise ValueError(f"pretrain wants the data: {', '.join(FAMILIES)}; or --resume RUN")
-    other = ("run", "resume", "minutes", "json")
-    own = {n: v for n, v in vars(options).items() if n not in other}
+    own = {n: v for n, v in vars(options).items() if n not in ("run", *OF_THE_COMMAND)}
     config = extractor_config(**own)
     name = f"pretrain-{options.backbone}-{options.data}"
-    return Path(options.run) if options.run else free_folder(name), config
+    return Path(options.run or processes.from_first(lambda: str(free_folder(name)))), config
 
 
 def _resumed(options: Pretrain) -> tuple[Path, dict[str, Any]]:
     """Return the folder and the configuration of a run that goes on."""
     for field in dataclasses.fields(Pretrain):
-        if field.name not in ("resume", "data_root", "minutes", "json") and (
+        if field.name not in ("data_root", *OF_THE_COMMAND) and (
             getattr(options, field.name) != field.default
         ):
             raise ValueError(
@@ -100,5 +102,5 @@ def _resumed(options: Pretrain) -> tuple[Path, dict[str, Any]]:
                 f"--{field.name.replace('_', '-')}, or start a new run"
             )
     path = Path(options.resume or "")
-    config = extractor_config_in(Run(path))
+    config = processes.from_first(lambda: extractor_config_in(Run(path)))
     return path, config if options.data_root is None else {**config, "data_root": options.data_root}

@@ -11,7 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from ..process import check_time
+from .. import processes
+from ..process import TimeOver, time_left
 from ..recipes.budget import Budget
 from ..recipes.runs import Warn
 from ..report import number
@@ -136,8 +137,8 @@ def scoring(title: str, episodes: int, console: Console) -> Iterator[Any]:
         def watch(done: int) -> None:
             minutes.say(f"{title}: {done:,} of {episodes:,}")
             bar.update(task, completed=done)
-            if done < episodes:
-                check_time()
+            if done < episodes and any(processes.anyone(time_left() < 0)):
+                raise TimeOver
 
         yield watch
 

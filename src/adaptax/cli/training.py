@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from .. import report
+from .. import processes, report
 from ..engine.report import Report
 from ..engine.run import Run
 from ..protocols import Named
@@ -55,7 +55,8 @@ def train(options: Train) -> None:
         _resume(options)
         return
     experiment = settings.experiment_of(options)
-    path = Path(options.run) if options.run else free_folder(_name(experiment))
+    free = lambda: str(free_folder(_name(experiment)))  # noqa: E731
+    path = Path(options.run or processes.from_first(free))
     start = None if options.init_from is None else Path(options.init_from)
     if start is not None:
         experiment = dataclasses.replace(experiment, init_from=start_of(start))
@@ -194,7 +195,7 @@ def _returns(trained: Trained, found: Report) -> dict[str, Figure]:
 
 def _resume(options: Train) -> None:
     mine = {"algorithm", "tasks", "resume", "steps", "minutes", "data_root", "path", "trust",
-            "format", "json"}  # fmt: skip
+            "format", "json", "coordinator", "processes", "process_id"}  # fmt: skip
     for field in dataclasses.fields(Train):
         if field.name not in mine and getattr(options, field.name) != field.default:
             raise ValueError(
@@ -202,7 +203,7 @@ def _resume(options: Train) -> None:
                 f"--{field.name.replace('_', '-')}, or start a new run"
             )
     path = Path(options.resume or "")
-    config = Run(path).config()
+    config = processes.from_first(Run(path).config)
     experiment = experiment_in(config, path)
     for what in ("algorithm", "tasks"):
         if getattr(options, what) not in (None, getattr(experiment, what)):
@@ -245,7 +246,8 @@ def _train_and_test(
     experiment = trained.experiment
     with nothing_lost(f"after training, which is saved in {path}; test with: {resume_command}"):
         reports = _test(trained, progress, config.get("sized", False))
-        plots = pictures(trained, reports["test"], path, format)
+        drawn = processes.first()
+        plots = pictures(trained, reports["test"], path, format) if drawn else []
     result: dict[str, Any] = {
         **reports["test"].to_json(),
         "run": str(path),

@@ -18,7 +18,7 @@ from ..learner import Adapter, Meta
 from ..protocols import Acting, Scoring, Several
 from ..task import Model, TaskDistribution
 from . import feed, scoring
-from .mapping import Mapping, chunk_size, first, map_over, suited, with_fast_path
+from .mapping import Mapping, chunk_size, first, map_shared, suited, with_fast_path
 from .predict import learned_noise, predictions
 from .scoring import Scores
 from .work import work
@@ -63,8 +63,12 @@ class Scorer(eqx.Module):
         keys: Array,
     ) -> dict[str, Any]:
         """Scores of episodes."""
-        each = lambda xs: self.episode({}, meta, tasks, noise, *xs)  # noqa: E731
-        return map_over(each, (loaded, keys), size, mesh)
+
+        def each(common: PyTree, xs: PyTree) -> dict[str, Any]:
+            scorer, *given = common
+            return scorer.episode({}, *given, *xs)
+
+        return map_shared(each, (self, meta, tasks, noise), (loaded, keys), size, mesh)
 
     def episode(
         self,

@@ -11,17 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from .. import program, roles
+from .. import processes, program, roles
 from ..conv import FastPath
 from ..learner import Adapter, Meta
 from ..protocols import Acting, Rated
 from ..task import Splits, TaskDistribution
 from . import feed, scoring
 from .episode import Scorer
-from .mapping import Mapping, chunk_size, everywhere, local_mesh
+from .mapping import Mapping, chunk_size, everywhere, task_mesh
 from .report import Report
 from .scoring import Scores, Select
-from .work import NONE, Work, episodes_at_once, heavy
+from .work import NONE, Work, episodes_at_once
 
 PREDICTING = {"at": None, "transductive": True, "noise": 1.0, "scores": None, "select": None}
 """Arguments of `Evaluator` that say how predictions are scored, and their defaults."""
@@ -143,6 +143,7 @@ class Evaluator:
             steps, None if at is None else tuple(at), transductive, scores, fast_path,
         )  # fmt: skip
 
+    @processes.ends_with_the_others
     def __call__(
         self, meta: Meta, *, key: PRNGKeyArray, noise: float | Array | None = None
     ) -> Report:
@@ -157,21 +158,18 @@ class Evaluator:
         size, facts, given = self._look(roles.deduplicate(meta), key, assumed)
         # The tail of the last chunk repeats the last episode, so that one program does for all.
         # An interrupt waits for the end of a chunk, so that few heavy episodes make one.
-        episode = facts.get("work", NONE)
-        chunk = episodes_at_once(episode, size, self.episodes)
-        mesh = None
-        if self.acting:
-            mesh = local_mesh(chunk)
-        elif heavy(episode):
-            devices = len(jax.local_devices())
-            chunk += -chunk % devices if chunk > devices else 0
-            mesh = local_mesh(chunk)
+        chunk = episodes_at_once(facts.get("work", NONE), size, self.episodes)
+        chunk += -chunk % jax.process_count()
+        mesh = task_mesh(chunk) if self.acting or processes.several() else None
+        scorer, given = everywhere((self._scorer, given), mesh)
         jobs = (lambda s=s: self._load(s, chunk, key) for s in range(0, self.episodes, chunk))
         parts = []
         for loaded in feed.prefetch(self.tasks, jobs):
-            given, loaded = everywhere((given, loaded), mesh)
-            scores = program.call(self._scorer.chunk, size, mesh, *given, *loaded)
-            parts.append(jax.tree.map(np.asarray, scores))
+            if mesh is not None and processes.several():
+                loaded = processes.sharded(loaded, mesh)
+            loaded = everywhere(loaded, mesh)
+            scores = program.call(scorer.chunk, size, mesh, *given, *loaded)
+            parts.append(processes.gathered(scores))
             if self.watch is not None:
                 self.watch(min(len(parts) * chunk, self.episodes))
         values: dict[str, Any] = jax.tree.map(
@@ -242,8 +240,8 @@ class Evaluator:
         }
 
     def _load(self, start: int, chunk: int, key: PRNGKeyArray) -> tuple[PyTree, Array]:
-        own = np.minimum(np.arange(start, start + chunk), self.episodes - 1)
-        index = jnp.asarray(own, jnp.uint32)
+        them = np.minimum(np.arange(start, start + chunk), self.episodes - 1)
+        index = jnp.asarray(them[processes.own(chunk)], jnp.uint32)
         return feed.load(self.tasks, key, index), program.call(_keys, key, index)
 
 

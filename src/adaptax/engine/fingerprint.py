@@ -64,6 +64,7 @@ def made_by() -> dict[str, str]:
         "processor": processor(),
         "backend": jax.default_backend(),
         "local devices": str(jax.local_device_count()),
+        "processes": str(jax.process_count()),
     }
 
 

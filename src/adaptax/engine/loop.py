@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from .. import processes
 from ..process import interruptible, time_left
 from ..task import TaskDistribution
 from . import feed
@@ -107,10 +108,11 @@ class Loop(Generic[State]):
                     return state, "early"
                 now = time.monotonic()
                 longest, last = max(longest, now - last), now
-                if (interrupted() or time_left() < longest) and end < self.steps:
+                pressed, over = processes.anyone(interrupted(), time_left() < longest)
+                if (pressed or over) and end < self.steps:
                     if not keeps:
                         self._save(state)
-                    return state, "interrupted" if interrupted() else "out of time"
+                    return state, "interrupted" if pressed else "out of time"
         return state, "done"
 
     def _bounds(self, start: int) -> Iterator[tuple[int, int]]:

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from .. import roles, tree
+from .. import processes, roles, tree
 from ..conv import FastPath, fast
 from ..learner import Adapter, Meta, MetaLearner
 from ..task import Task
@@ -226,26 +226,47 @@ def sum_over(function: Callable[..., PyTree], xs: tuple[PyTree, ...], mapping: M
     return out
 
 
-def map_over(
-    function: Callable[[PyTree], PyTree], xs: PyTree, size: int, mesh: Mesh | None = None
-) -> PyTree:
+def map_over(function: Callable[[PyTree], PyTree], xs: PyTree, size: int) -> PyTree:
     """`function(xs[i])` for every i along the leading axis of `xs`, stacked.
 
     Args:
         function: pure.
         xs: with a leading axis.
         size: how many at once.
-        mesh: of devices to share them among, a divisor of their number.
     """
-    if mesh is not None:
-        axes = P(mesh.axis_names)
-        return jax.shard_map(
-            lambda mine: map_over(function, mine, size),
-            mesh=mesh, in_specs=axes, out_specs=axes, check_vma=False,
-        )(xs)  # fmt: skip
     if size >= len(jax.tree.leaves(xs)[0]):
         return jax.vmap(function)(xs)
     return jax.lax.map(function, xs, batch_size=None if size == 1 else size)
+
+
+def map_shared(
+    function: Callable[[PyTree, PyTree], PyTree],
+    common: PyTree,
+    xs: PyTree,
+    size: int,
+    mesh: Mesh | None,
+) -> PyTree:
+    """`function(common, xs[i])` for every i, stacked, shared among the devices of a mesh.
+
+    Args:
+        function: pure.
+        common: what every device has whole.
+        xs: with a leading axis.
+        size: how many at once, on each device.
+        mesh: of devices, a divisor of their number; all is done on one if `None`.
+    """
+    if mesh is None:
+        return map_over(lambda x: function(common, x), xs, size)
+    arrays, rest = eqx.partition(common, eqx.is_array)
+    axes = P(mesh.axis_names)
+
+    def on_device(arrays: PyTree, mine: PyTree) -> PyTree:
+        whole = eqx.combine(arrays, rest)
+        return map_over(lambda x: function(whole, x), mine, size)
+
+    return jax.shard_map(
+        on_device, mesh=mesh, in_specs=(P(), axes), out_specs=axes, check_vma=False
+    )(arrays, xs)
 
 
 def chunk_size(mapping: Mapping, count: int, function: Callable[..., Any], xs: Any) -> int:
@@ -294,6 +315,11 @@ def local_mesh(count: int, size: int | None = None) -> Mesh | None:
     return Mesh(np.array(devices[:size]), ("tasks",), axis_types=(AxisType.Auto,))
 
 
+def task_mesh(count: int, size: int | None = None) -> Mesh | None:
+    """`local_mesh`, or, of several processes, a mesh of the devices of all; see there."""
+    return (processes.mesh_of_all if processes.several() else local_mesh)(count, size)
+
+
 def with_fast_path(learner: L, fast_path: FastPath) -> L:
     """The learner, its loss with fast convolutions, and pure; see `adaptax.roles.pure`."""
     return learner.with_loss(fast(roles.pure(learner.loss), fast_path))
@@ -303,6 +329,8 @@ def everywhere(given: PyTree, mesh: Mesh | None) -> PyTree:
     """The arrays of a tree on every device of a mesh; without one, where they are."""
     if mesh is None:
         return given
+    if processes.several():
+        return processes.replicated(given, mesh)
     arrays, rest = eqx.partition(given, lambda leaf: isinstance(leaf, jax.Array | np.ndarray))
     return eqx.combine(jax.device_put(arrays, NamedSharding(mesh, P())), rest)
 

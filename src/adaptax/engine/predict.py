@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .. import program, roles
-from ..beside import beside
 from ..conv import FastPath, fast
 from ..learner import Adapter, Ensemble, Meta
 from ..protocols import Noisy
@@ -82,21 +81,17 @@ def _predict(
         with weighing(of_query):
             return call(model, x)
     with_one = None if of_support is None else jnp.append(of_support, 1)
+    axis = 1 if isinstance(model, Ensemble) else 0
 
-    def one(batch: PyTree) -> PyTree:
+    def alone(one: PyTree) -> PyTree:
+        batch = jax.tree.map(lambda s, q: jnp.concatenate([s, q[None]]), support_x, one)
         with weighing(with_one):
-            return call(model, batch)
+            found = call(model, batch)
+        return jax.tree.map(lambda out: jnp.take(out, -1, axis=axis), found)
 
     # Sixteen at a time bounds memory and keeps the matrix products large.
-    if not isinstance(model, Ensemble):
-        return beside(one, support_x, x, size=16)
-
-    def alone(one_x: PyTree) -> PyTree:
-        batch = jax.tree.map(lambda s, q: jnp.concatenate([s, q[None]]), support_x, one_x)
-        return jax.tree.map(lambda out: jnp.take(out, -1, axis=1), one(batch))
-
     each = jax.lax.map(alone, x, batch_size=16)
-    return jax.tree.map(lambda out: jnp.moveaxis(out, 0, 1), each)
+    return jax.tree.map(lambda out: jnp.moveaxis(out, 0, axis), each)
 
 
 def learned_noise(model: Model) -> Float[Array, "*particles"]:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
-from .. import io, program, roles
+from .. import io, processes, program, roles
 from ..process import check_not_forked
 from ..protocols import Images
 from ..task import Model, TaskDistribution
@@ -27,7 +27,7 @@ from .classifier import Order, Recipe, State, classifier_steps, initial_state
 from .extract import outputs, pixels_of
 from .fingerprint import fingerprint, made_by, settings
 from .loop import Loop, Means, averages
-from .mapping import everywhere, local_mesh
+from .mapping import everywhere, task_mesh
 from .run import Facts, Resume, Run, lets_go, opened
 from .state import shaped
 
@@ -62,6 +62,7 @@ class Pretraining:
 
 
 @lets_go
+@processes.ends_with_the_others
 def pretrain(
     model: Model,
     images: TaskDistribution,
@@ -140,7 +141,9 @@ def pretrain(
     )  # fmt: skip
     state, fixed = initial_state(model, recipe.optimizer())
     _check_outputs(eqx.combine(state.model, fixed), classified)
-    mesh = local_mesh(batch, devices or recorded.get("plan", {}).get("devices"))
+    moved = int(recorded.get("made_by", {}).get("processes", 1)) != 1 or processes.several()
+    before = None if moved else recorded.get("plan", {}).get("devices")
+    mesh = task_mesh(batch, devices or before)
     history: list[dict[str, Any]] = []
     facts: Facts = {}
     if run is not None:
@@ -153,20 +156,25 @@ def pretrain(
             },
             "made_by": made_by(),
         }  # fmt: skip
-        state, history = run.begin(state, facts, resume)
+        processes.agree(**facts["plan"])
+        state, history = run.begin(state, facts, resume, free=("devices",) if moved else ())
     bank = None if classified.on_host else classified.bank
     # Once, and not at every call of the program: the bank of images may be large.
-    state, bank, given_fixed = everywhere((state, bank, fixed), mesh)
+    bank, given_fixed = everywhere((bank, fixed), mesh)
+    state = state if processes.several() else everywhere(state, mesh)
     steps_of = classifier_steps(recipe, classified.design, mesh)
 
     def load(start: int, end: int) -> PyTree:
-        rows = order.rows(start, end)
+        rows = order.rows(start, end)[:, processes.own(batch)]
         pixels = jnp.asarray(rows) if bank is not None else pixels_of(classified, rows)
         return pixels, jnp.asarray(order.labels[rows])
 
     def advance(state: State, loaded: PyTree, start: int) -> tuple[State, Means, None]:
+        if processes.several():
+            assert mesh is not None
+            state, loaded = everywhere(state, mesh), processes.sharded(loaded, mesh, 1)
         given = bank, given_fixed, noise_key, loaded
-        state, logs = program.call(steps_of, given, state, donate=[1])
+        state, logs = processes.here(program.call(steps_of, given, state, donate=[1]))
         means = averages(logs)
         if not math.isfinite(means["loss"]):
             raise FloatingPointError(
@@ -178,11 +186,13 @@ def pretrain(
     def accuracy(state: State) -> float | None:
         """On the images that are held out, by running statistics."""
         model = eqx.combine(_on_one_device(state.model), fixed)
-        found = outputs(roles.apply, model, classified, order.held, batch)
-        said = [logits.argmax(axis=-1) for logits in found]
-        if not said:
+        if not len(order.held):
             return None
-        return int(np.sum(np.concatenate(said) == order.labels[order.held])) / len(order.held)
+        mine = np.array_split(order.held, jax.process_count())[jax.process_index()]
+        found = outputs(roles.apply, model, classified, mine, batch)
+        said = [logits.argmax(axis=-1) for logits in found]
+        right = int(np.sum(np.concatenate(said) == order.labels[mine])) if said else 0
+        return processes.total(right) / len(order.held)
 
     def validate(state: State) -> tuple[State, Means | None]:
         found = accuracy(state)

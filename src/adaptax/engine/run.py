@@ -8,13 +8,13 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import jax.numpy as jnp
 
-from .. import io
+from .. import io, processes
 from ..process import lock
 from .fingerprint import UNKNOWN
 
@@ -72,6 +72,9 @@ class Run:
         Raises:
             BlockingIOError: if another process holds it.
         """
+        if not processes.first():
+            self._release = lambda: None
+            return self
         io.make_folder(self.path)
         self._release = lock(self.path)
         ours = {file.name for file in (self.metrics_file, self.checkpoint_file, self.config_file)}
@@ -93,7 +96,8 @@ class Run:
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Keep what was asked for, as JSON."""
-        io.write_atomic(self.config_file, (json.dumps(config, indent=2) + "\n").encode())
+        if processes.first():
+            io.write_atomic(self.config_file, (json.dumps(config, indent=2) + "\n").encode())
 
     def config(self) -> dict[str, Any]:
         """What was asked for.
@@ -132,7 +136,13 @@ class Run:
         return {}
 
     def begin(
-        self, state: Any, facts: Facts, resume: Resume, *, grows: str = ""
+        self,
+        state: Any,
+        facts: Facts,
+        resume: Resume,
+        *,
+        grows: str = "",
+        free: Collection[str] = (),
     ) -> tuple[Any, list[Any]]:
         """The state and history to go on from; `state` and nothing for a new run.
 
@@ -143,11 +153,20 @@ class Run:
             facts: of this call.
             resume: see `Resume`.
             grows: a number of the plan that may be larger than it was.
+            free: what of the plan may be otherwise.
 
         Raises:
             FileNotFoundError: if there is nothing to resume.
             ValueError: if a new run would overwrite one, or the plan differs from the one resumed.
         """
+        return processes.state_from_first(
+            lambda: self._begun(state, facts, resume, grows, free), like=state
+        )
+
+    def _begun(
+        self, state: Any, facts: Facts, resume: Resume, grows: str, free: Collection[str]
+    ) -> tuple[Any, list[Any]]:
+        """`begin`, in the first process alone."""
         recorded = self.recorded(resume)
         if not self.held:
             self.__enter__()
@@ -156,6 +175,7 @@ class Run:
             self.metrics_file.write_bytes(b"")
             return state, []
         before, now = recorded["plan"], facts["plan"]
+        before = {**before, **{name: now[name] for name in free}}
         if isinstance(old := before.get(grows), int) and old < now[grows]:
             before = {**before, grows: now[grows]}
         if changed := differences(before, now):
@@ -169,7 +189,8 @@ class Run:
                 stacklevel=4,
             )
         state = self.load(state)
-        if changed := differences(recorded.get("made_by", {}), facts.get("made_by", {})):
+        made_by = {"processes": "1", **recorded.get("made_by", {})}
+        if changed := differences(made_by, facts.get("made_by", {})):
             warnings.warn(
                 f"the run in {self.path} goes on under other conditions: {changed}; its numbers "
                 "agree with those of a run without a break to rounding, not to the bit",
@@ -198,13 +219,17 @@ class Run:
         return io.fill(self.checkpoint_file, found, like)
 
     def checkpoint(self, state: Any, facts: Facts) -> None:
-        """Replace the checkpoint."""
+        """Replace the checkpoint; the first of several processes does."""
+        if not processes.first():
+            return
         with self.metrics_file.open("ab") as file:  # no step without its record
             os.fsync(file.fileno())
         io.save(self.checkpoint_file, state, **facts)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append a record to the metrics and to the TensorBoard events."""
+        """Append a record to the metrics and to the TensorBoard events, as `checkpoint`."""
+        if not processes.first():
+            return
         with self.metrics_file.open("a") as file:
             file.write(_line(record))
         from tensorboardX.event_file_writer import EventsWriter
@@ -262,7 +287,7 @@ def opened(run: Run | str | os.PathLike[str] | None, resume: Resume) -> tuple[Ru
     if resume and run is None:
         raise ValueError(f"resume={resume!r} wants run=, the folder of the run to continue")
     run = as_run(run)
-    return run, {} if run is None else run.recorded(resume)
+    return run, {} if run is None else processes.from_first(lambda: run.recorded(resume))
 
 
 def lets_go(function: Callable[Arguments, Value]) -> Callable[Arguments, Value]:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from .. import program, roles
+from .. import processes, program, roles
 from ..conv import FastPath
 from ..learner import Meta, MetaLearner
 from ..process import check_not_forked
@@ -26,7 +26,7 @@ from .divergence import Cause, diagnose
 from .evaluate import Evaluator
 from .fingerprint import fingerprint, made_by, settings
 from .loop import Loop, Means, averages
-from .mapping import Mapping, everywhere, local_mesh, with_fast_path
+from .mapping import Mapping, everywhere, task_mesh, with_fast_path
 from .run import Facts, Resume, Run, lets_go, opened
 from .state import State, best_of, initial_state, reselect, select, shaped
 from .steps import Outer, meta_steps, task_work
@@ -74,6 +74,7 @@ class Result:
 
 
 @lets_go
+@processes.ends_with_the_others
 def fit(
     learner: MetaLearner,
     model: Model,
@@ -127,7 +128,8 @@ def fit(
             heavy, and no more than some ten seconds' work.
         mapping: how to map over tasks; see `adaptax.engine.mapping.Mapping`.
         devices: local devices to share the meta-batch, a divisor of it; by default as many as
-            divide it for heavy tasks or with `outer`, and one for light ones.
+            divide it for heavy tasks or with `outer`, and one for light ones. Several processes
+            (`adaptax.distributed`) always share it, with as many devices each as divide it.
         fast_path: see `adaptax.conv.fast`.
         watch: called with each new record of `history`.
 
@@ -143,7 +145,9 @@ def fit(
         raise ValueError("fit was given all splits of the tasks; give it tasks.train and tasks.val")
     run, recorded = opened(run, resume)
     before = recorded.get("plan", {})
-    chunk, devices = chunk or before.get("chunk"), devices or before.get("devices")
+    chunk = chunk or before.get("chunk")
+    moved = int(recorded.get("made_by", {}).get("processes", 1)) != 1 or processes.several()
+    devices = devices or (None if moved else before.get("devices"))
     _check_counts(steps=steps, meta_batch=meta_batch, keep=keep, chunk=chunk, patience=patience,
                   validate_every=validate_every, devices=devices)  # fmt: skip
     if steps >= 2**31 or steps * meta_batch > 2**32:
@@ -168,7 +172,8 @@ def fit(
     task = task_work(fast_learner, eqx.combine(state.meta, fixed), tasks, task_key)
     chunk = chunk or steps_at_once(task, meta_batch)
     validate_every = math.ceil((validate_every or max(steps // 10, 1)) / chunk) * chunk
-    mesh = local_mesh(meta_batch, devices) if devices or heavy(task) or outer is not None else None
+    shares = devices or heavy(task) or outer is not None or processes.several()
+    mesh = task_mesh(meta_batch, devices) if shares else None
     history: list[dict[str, Any]] = []
     facts: Facts = {}
     if run is not None:
@@ -183,10 +188,13 @@ def fit(
             "selection": fingerprint(validate=validate, validation=validation or {}),
             "made_by": made_by(),
         }  # fmt: skip
-        state, history = run.begin(state, facts, resume, grows="steps")
+        processes.agree(**facts["plan"])
+        free = ("devices",) if moved else ()
+        state, history = run.begin(state, facts, resume, grows="steps", free=free)
         state = reselect(state, recorded.get("selection"), facts["selection"])
     # Once, and not at every call of the program: the bank of images may be large.
-    state, tasks, given_fixed = everywhere((state, tasks, fixed), mesh)
+    placed, given_fixed = everywhere((tasks, fixed), mesh)
+    state = state if processes.several() else everywhere(state, mesh)
     steps_of = meta_steps(fast_learner, optimizer, outer, meta_batch, steps, mapping, mesh)
 
     def outcome(state: State, stopped: str) -> Result:
@@ -196,14 +204,19 @@ def fit(
         best, step, score, kept = best_of(state, fixed)
         return Result(best, last, now, step, score, kept, history, stopped)
 
-    def load(start: int, end: int) -> PyTree:
+    def load(start: int, end: int, mine: slice | None = None) -> PyTree:
         episodes = np.arange(start * meta_batch, end * meta_batch).reshape(-1, meta_batch)
+        episodes = episodes[:, processes.own(meta_batch) if mine is None else mine]
         return feed.load(tasks, task_key, jnp.asarray(episodes, jnp.uint32))
 
     def advance(state: State, loaded: PyTree, start: int) -> tuple[State, Means, Any]:
-        given = tasks, loaded, learner_key, given_fixed
-        carried = state.step, state.meta, state.opt_state
-        (step, trained, opt_state), good, logs = program.call(steps_of, given, carried, donate=[1])
+        carried, shared = (state.step, state.meta, state.opt_state), loaded
+        if processes.several():
+            assert mesh is not None
+            carried, shared = everywhere(carried, mesh), processes.sharded(loaded, mesh, 1)
+        given = placed, shared, learner_key, given_fixed
+        found = program.call(steps_of, given, carried, donate=[1])
+        (step, trained, opt_state), good, logs = processes.here(found)
         state = dataclasses.replace(state, step=step, meta=trained, opt_state=opt_state)
         # The steps that counted; of a chunk that went wrong at once, the step that did.
         means = averages(logs, max(int(step) - start, 1))
@@ -212,6 +225,8 @@ def fit(
     def diverged(state: State, loaded: PyTree, start: int) -> TrainingDiverged:
         done, failed = int(state.step), None
         try:
+            if processes.several():  # all tasks, in each process
+                loaded = load(start, done + 1, slice(None))
             cause = diagnose(
                 fast_learner, state.meta, fixed, tasks, loaded, done - start,
                 key=learner_key, step=done, steps=steps, optimizer=outer or optimizer,

@@ -17,13 +17,14 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from .. import processes
 from ..engine.fingerprint import fingerprint
 from ..engine.predict import predict
 from ..engine.report import Report
 from ..engine.run import Run, differences
 from ..engine.train import fit as ax_fit
 from ..learner import Meta, MetaLearner
-from ..process import TimeOver, ended
+from ..process import ProcessLost, TimeOver, ended
 from ..task import Batch, Model, Source, Splits
 from . import schema, table
 from .budget import Budget, budget
@@ -284,14 +285,15 @@ def fit(
     """
     progress = progress or Silent()
     experiment, run = Experiment.from_json(config["experiment"]), Run(path)
-    _held(run, config)  # complains now, not after the data are read
+    # Complains now, not after the data are read.
+    processes.from_first(lambda: _held(run, config))
     splits = experiment.splits(config["data_root"])
     test = experiment.splits(config["data_root"], test=True) if experiment.test_task else splits
     experiment.check(test)
     title = f"{experiment.title} on {experiment.tasks}"
     kept = f"and saved in {path}; go on with: {resume_command}"
     with nothing_half_written(run), run:
-        config = _held(run, config)
+        config = processes.from_first(lambda: _held(run, config))
         run.write_config(config)
         start = _start(experiment, config, path, resume_command, progress)
         warn = getattr(experiment.build_learner(), "collapsed", None)
@@ -309,9 +311,13 @@ def fit(
             if experiment.acts:
                 times = 10 if experiment.family.has("bodies") else 20
                 how.setdefault("validate_every", max(experiment.steps // times, 1))
-            result = experiment.train(
-                splits, run, init_from=start, validate=splits.val, watch=watch, resume="auto", **how
-            )
+            try:
+                result = experiment.train(
+                    splits, run, init_from=start, validate=splits.val, watch=watch, resume="auto",
+                    **how,
+                )  # fmt: skip
+            except ProcessLost as lost:
+                raise ProcessLost(f"{lost}; the last state is kept, {kept}") from None
     if result.stopped in ("interrupted", "out of time"):
         done = f"(meta-step {result.step:,} of {experiment.steps:,})"
         raise ended(result.stopped == "out of time", f"{kept} {done}")
@@ -387,7 +393,8 @@ def _start(
     if not experiment.init_from:
         return None
     first = Experiment.from_json(experiment.init_from)
-    if config.get("start") is not None and not Run(path / INIT).checkpoint_file.exists():
+    copied = Run(path / INIT).checkpoint_file.exists() or not processes.first()
+    if config.get("start") is not None and not copied:
         _copy_start(Path(config["start"]), path / INIT)
     root = config["data_root"]
     return fit_or_resume(first, path / INIT, resume_command, progress, data_root=root).meta
@@ -441,6 +448,8 @@ def _validation(experiment: Experiment) -> dict[str, Any]:
 def nothing_half_written(run: Run) -> Iterator[None]:
     """Remove a folder that was made here and has no checkpoint yet, when something fails."""
     new = [path for path in (run.path, *run.path.parents) if not path.exists()]
+    if not processes.first():
+        new = []
     try:
         yield
     except BaseException as error:

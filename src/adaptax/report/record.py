@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from .. import io
+from .. import io, processes
 from ..engine.fingerprint import processor
 
 
@@ -32,8 +32,9 @@ def facts() -> dict[str, Any]:
 
 
 def keep(file: Path, result: Any) -> None:
-    """Keep a result as JSON, atomically."""
-    io.write_atomic(file, (dump(result) + "\n").encode())
+    """Keep a result as JSON, atomically; the first of several processes does."""
+    if processes.first():
+        io.write_atomic(file, (dump(result) + "\n").encode())
 
 
 def dump(value: Any) -> str:
