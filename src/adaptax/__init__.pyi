@@ -20,13 +20,17 @@ from . import (
 from .algorithms.baselines import NearestClassMean, RidgeRegression
 from .algorithms.bmaml import BayesianMAML
 from .algorithms.checkpoint_ensemble import CheckpointEnsemble
+from .algorithms.context import ContextAdaptation
 from .algorithms.gaussian import Gaussian, gamma_prior, gaussian_nll
+from .algorithms.gaussian_process import GaussianProcessHead
 from .algorithms.leo import LEO
 from .algorithms.leo_regression import LEORegression
 from .algorithms.maml import ANIL, FOMAML, MAML, MetaSGD
 from .algorithms.maml_ensemble import MAMLEnsemble
 from .algorithms.maml_plus_plus import MAMLPlusPlus
 from .algorithms.platipus import PLATIPUS, ProbabilisticMAML
+from .algorithms.proto_maml import ProtoMAML
+from .algorithms.prototypes import PrototypicalNetwork
 from .algorithms.reptile import Reptile
 from .algorithms.shared_head import SharedHead
 from .engine.augment import Augmentation
@@ -69,10 +73,12 @@ __all__ = [
     "Batched",
     "BayesianMAML",
     "CheckpointEnsemble",
+    "ContextAdaptation",
     "Ensemble",
     "Evaluator",
     "Functional",
     "Gaussian",
+    "GaussianProcessHead",
     "HostTaskDistribution",
     "LEORegression",
     "LoadedRun",
@@ -86,6 +92,8 @@ __all__ = [
     "Outer",
     "Pretraining",
     "ProbabilisticMAML",
+    "ProtoMAML",
+    "PrototypicalNetwork",
     "Report",
     "Reptile",
     "Result",

@@ -13,12 +13,13 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from . import program, roles, tree
 from .losses import Loss
-from .task import Model, Source, Task
+from .task import Batch, Model, Source, Task
 from .text import readable
 
 Meta = Any
@@ -40,6 +41,8 @@ def _compiled(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def run(self: Adapter, meta: Meta, support: Any, **how: Any) -> Any:
+        if getattr(self, "way", 0) is None:
+            self = self.with_way(_largest_label(support))
         values = jax.tree.leaves((self, meta, support, how))
         if any(isinstance(value, jax.core.Tracer) for value in values):
             return roles.kept(lambda once: method(self, once, support, **how), meta)
@@ -51,6 +54,16 @@ def _compiled(method: Callable[..., Any]) -> Callable[..., Any]:
         return roles.kept(lambda once: method(self, once, support, **how), meta)
 
     return run
+
+
+def _largest_label(support: Any) -> int | None:
+    """Return how many classes a support of known values has, by its largest label, if any."""
+    known = isinstance(support, Batch) and eqx.is_array(support.y)
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(support))
+    if not known or traced or not jnp.issubdtype(support.y.dtype, jnp.integer):
+        return None
+    labels = np.asarray(support.y)[np.asarray(support.present) > 0]
+    return max(int(np.max(labels)) + 1, 1) if labels.size else None
 
 
 def _call(method: Callable[..., Any], learner: Any, meta: Meta, support: Any, how: Any) -> Any:
@@ -105,6 +118,19 @@ class Adapter(eqx.Module):
         twin = copy.copy(self)
         # It may be a static field, out of reach of `eqx.tree_at`; the copy is ours to complete.
         object.__setattr__(twin, "loss", loss)
+        return twin
+
+    def with_way(self, way: int | None) -> Any:
+        """Return the same for tasks of so many classes, where it has a `way` that is `None`.
+
+        So a learner whose meta-parameters do not depend on the number of classes declares it:
+        `way: int | None = None`. `fit` and `evaluate` say what the tasks have, and `adapt` what
+        the largest label of the support tells.
+        """
+        if way is None or getattr(self, "way", 0) is not None:
+            return self
+        twin = copy.copy(self)
+        object.__setattr__(twin, "way", way)
         return twin
 
     def check_support(self, meta: Meta, support: Any, *, key: PRNGKeyArray) -> None:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from .protocols import Predictive
 from .task import Batch, Model
 from .tree import wide
 from .weights import Weight, average, spread, total
@@ -126,6 +127,39 @@ def normal(
     constant = math.log(noise) + math.log(2 * math.pi) / 2
     half = mse(model, batch, reduction=reduction) / (2 * noise**2)
     return half + constant * (batch.count if reduction == "sum" else 1)
+
+
+@predicts("regression")
+def predictive_nll(model: Model, batch: Batch) -> Float[Array, ""]:
+    """`−log N(y; f(x), s(x)²)`, in nats, averaged over outputs and examples.
+
+    For models that predict a standard deviation s beside the mean f, for every target its own.
+
+    Args:
+        model: `model.predictive(x)` gives both, `(n, out)` each, as the models that
+            `adaptax.GaussianProcessHead` adapts do.
+        batch: float targets `(n, out)`.
+
+    Raises:
+        ValueError: if the model does not predict standard deviations; if predictions and targets
+            differ in shape.
+    """
+    labelled(batch)
+    if not isinstance(model, Predictive):
+        raise ValueError(
+            f"predictive_nll wants a model with predictive(x), which gives means and standard "
+            f"deviations, and {type(model).__name__} has none; use mse or normal"
+        )
+    mean, deviation = batch.predict(model.predictive)
+    if mean.shape != batch.y.shape:
+        raise ValueError(
+            f"the model predicts shape {mean.shape} for targets of shape {batch.y.shape}; give "
+            "both the same shape"
+        )
+    mean, deviation = wide(mean), wide(deviation)
+    each = jnp.square((batch.y - mean) / deviation) / 2 + jnp.log(deviation)
+    each = each + math.log(2 * math.pi) / 2
+    return average(each, batch.weight)
 
 
 @predicts("classification")

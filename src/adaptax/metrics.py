@@ -110,7 +110,7 @@ def binary(
 def regression(
     predictions: Float[Array, "*any"],
     targets: Float[Array, "n ..."],
-    noise: float | Float[Array, "*particles"],
+    noise: float | Float[Array, ...],
     weight: Weight = None,
 ) -> dict[str, Float[Array, ""]]:
     """Mean squared error, and negative log-likelihood under Gaussian noise.
@@ -125,7 +125,7 @@ def regression(
     Args:
         predictions: of one model, of the shape of the targets, or of an ensemble.
         targets: float.
-        noise: standard deviation: a number, or one for each particle.
+        noise: standard deviation: a number, one for each particle, or one for each prediction.
     """
     ensemble, noise = _members(predictions, targets, noise)
     squares = (ensemble - targets) ** 2
@@ -144,7 +144,7 @@ def regression(
 def coverage(
     predictions: Float[Array, "*any"],
     targets: Float[Array, "n ..."],
-    noise: float | Float[Array, "*particles"],
+    noise: float | Float[Array, ...],
     weight: Weight = None,
 ) -> dict[str, Float[Array, ...]]:
     """How often targets fall in central intervals of the prediction under Gaussian noise.
@@ -162,7 +162,7 @@ def coverage(
     Args:
         predictions: of one model, of the shape of the targets, or of an ensemble.
         targets: float.
-        noise: standard deviation: a number, or one for each particle.
+        noise: standard deviation: a number, one for each particle, or one for each prediction.
     """
     ensemble, noise = _members(predictions, targets, noise)
     u = jnp.mean(ndtr((targets - ensemble) / noise), axis=0)
@@ -227,7 +227,10 @@ def _members(
 ) -> tuple[Float[Array, "m ..."], Array]:
     """Predictions with an axis of particles, and noise that broadcasts against them."""
     ensemble = predictions if predictions.ndim == targets.ndim + 1 else predictions[None]
-    return wide(ensemble), jnp.reshape(jnp.asarray(noise), (-1, *(1,) * targets.ndim))
+    noise = jnp.asarray(noise)
+    if noise.shape == predictions.shape:
+        return wide(ensemble), wide(noise).reshape(ensemble.shape)
+    return wide(ensemble), jnp.reshape(noise, (-1, *(1,) * targets.ndim))
 
 
 def _fraction(true: Bool[Array, "*any"], weight: Weight) -> Float[Array, ""]:

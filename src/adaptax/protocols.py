@@ -66,6 +66,15 @@ class Noisy(Protocol):
 
 
 @runtime_checkable
+class Predictive(Protocol):
+    """A regressor that says how sure it is of every prediction: `adaptax.GaussianProcessHead`'s."""
+
+    def predictive(self, x: PyTree) -> tuple[Float[Array, "n ..."], Float[Array, "n ..."]]:
+        """Mean and standard deviation of the targets of inputs, noise included."""
+        ...
+
+
+@runtime_checkable
 class Extractor(Protocol):
     """A model with a penultimate layer, as those in `adaptax.models` are."""
 

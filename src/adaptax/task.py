@@ -327,6 +327,12 @@ class Splits(eqx.Module):
         return self.train.sample(key)
 
 
+def way_of(tasks: Any) -> int | None:
+    """Return how many classes a task has, at most, if the distribution says so: its `"way"`."""
+    way = tasks.describe().get("way") if isinstance(tasks, TaskDistribution) else None
+    return way if isinstance(way, int) else None
+
+
 def episode_key(split: str, key: PRNGKeyArray, i: int | Integer[Array, ""]) -> PRNGKeyArray:
     """Return the key of episode `i`, a function of (key, split, i) and of nothing else.
 

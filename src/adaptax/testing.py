@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from . import io, roles, tree
+from . import io, losses, roles, tree
 from .engine.evaluate import evaluate
 from .engine.mapping import meta_value_and_grad
 from .learner import Ensemble, Meta, MetaLearner
@@ -191,6 +191,9 @@ def _defaults(
         (MLP(1, 1, (8, 8), activation=jnp.tanh, key=keys[0]), waves),
         (MLP(2, 3, (8, 8), activation=jnp.tanh, key=keys[1]), Blobs()),
     ]
+    if learner.loss is losses.predictive_nll:  # of adapted models alone
+        default, distribution = choices[0]
+        return default if model is None else model, distribution if tasks is None else tasks
     for default, distribution in choices:
         pair = (default if model is None else model, distribution if tasks is None else tasks)
         try:
@@ -541,6 +544,10 @@ def _data(leaf: Any) -> np.ndarray:
     return np.asarray(jax.random.key_data(leaf) if roles.is_key(leaf) else leaf)
 
 
+def _number(leaf: np.ndarray) -> np.ndarray:
+    return leaf.astype(float) if leaf.dtype == bool else leaf
+
+
 def _same(a: PyTree, b: PyTree) -> bool:
     """Whether structures and bits are equal."""
     a, b = eqx.filter(a, eqx.is_array_like), eqx.filter(b, eqx.is_array_like)
@@ -555,7 +562,7 @@ def _same(a: PyTree, b: PyTree) -> bool:
 def _close(a: PyTree, b: PyTree, rtol: float = AGREE) -> bool:
     """Whether trees are equal but for keys and `rtol` of the second's norm."""
     pairs = list(itertools.zip_longest(jax.tree.leaves(a), jax.tree.leaves(b)))
-    pairs = [(_data(x), _data(y)) for x, y in pairs if not roles.is_key(y)]
+    pairs = [(_number(_data(x)), _number(_data(y))) for x, y in pairs if not roles.is_key(y)]
     if not all(x.shape == y.shape for x, y in pairs):
         return False
     norm = lambda parts: sum(float(np.sum(np.abs(part) ** 2.0)) for part in parts) ** 0.5  # noqa: E731

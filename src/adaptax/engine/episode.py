@@ -19,7 +19,7 @@ from ..protocols import Acting, Scoring, Several
 from ..task import Model, TaskDistribution
 from . import feed, scoring
 from .mapping import Mapping, chunk_size, first, map_shared, suited, with_fast_path
-from .predict import learned_noise, predictions
+from .predict import deviations, is_predictive, learned_noise, predictions
 from .scoring import Scores
 from .work import work
 
@@ -105,14 +105,21 @@ class Scorer(eqx.Module):
         facts["particles"] = before.particles if isinstance(before, Several) else 1
         facts["backbone"] = _backbone(before)
         family = tasks.scores if isinstance(tasks, Scoring) else None
+        if is_predictive(before):
+            facts["noise"] = "predicted"
 
         def scores(arrays: PyTree) -> dict[str, Any]:
             model = eqx.combine(arrays, rest)
-            predicted = predictions(
-                model, query.x, support.x, transductive=self.transductive,
-                fast_path=self.fast_path, weights=(query.weight, support.weight),
-            )  # fmt: skip
-            assumed = learned_noise(model) if noise is None else noise
+            how: dict[str, Any] = {
+                "transductive": self.transductive,
+                "fast_path": self.fast_path,
+                "weights": (query.weight, support.weight),
+            }
+            predicted = predictions(model, query.x, support.x, **how)
+            if is_predictive(model):
+                assumed = deviations(model, query.x, support.x, **how)
+            else:
+                assumed = learned_noise(model) if noise is None else noise
             found = scoring.scores(self.learner.loss, model, predicted, query, assumed)
             for by, own in (("the tasks' scores", family), ("scores=", self.scores)):
                 if own is not None:

@@ -15,7 +15,7 @@ from .. import processes, program, roles
 from ..conv import FastPath
 from ..learner import Adapter, Meta
 from ..protocols import Acting, Rated
-from ..task import Splits, TaskDistribution
+from ..task import Splits, TaskDistribution, way_of
 from . import feed, scoring
 from .episode import Scorer
 from .mapping import Mapping, chunk_size, everywhere, task_mesh
@@ -135,6 +135,7 @@ class Evaluator:
         if isinstance(tasks, Acting):
             steps, mapping = 3 if steps is None else steps, 10 if mapping == "auto" else mapping
             tasks = _changed(tasks, trajectories=trajectories or 40)
+        learner = learner.with_way(way_of(tasks))
         self.learner, self.tasks, self.episodes, self.acting = learner, tasks, episodes, acting
         self.transductive, self.noise, self.select, self.lr = transductive, noise, select, lr
         self.mapping, self.watch = mapping, watch
@@ -180,7 +181,7 @@ class Evaluator:
         tables = {
             name: values.pop(name).sum(axis=0) for name in ("bins", "quantiles") if name in values
         }
-        protocol = self._protocol(facts, assumed if "mse" in values else None)
+        protocol = self._protocol(facts, facts.get("noise", assumed) if "mse" in values else None)
         self._check_select(values)
         at = facts.get("at") or list(range(next(iter(values.values())).shape[1]))
         return Report(protocol, at, values, **tables, select=self.select)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
@@ -9,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from .. import program, roles
 from ..conv import FastPath, fast
 from ..learner import Adapter, Ensemble, Meta
-from ..protocols import Noisy
+from ..protocols import Noisy, Predictive
 from ..task import Model, Source
 from ..weights import present, weighing
 
@@ -110,3 +113,32 @@ def learned_noise(model: Model) -> Float[Array, "*particles"]:
         return model.noise
 
     return model.map(noise) if isinstance(model, Ensemble) else noise(model)
+
+
+def is_predictive(model: Model) -> bool:
+    """Return whether a model, or each of an ensemble, predicts a standard deviation of its own."""
+    return isinstance(model.models if isinstance(model, Ensemble) else model, Predictive)
+
+
+def deviations(model: Model, x: PyTree, support_x: PyTree, **how: Any) -> Float[Array, ...]:
+    """Return the standard deviations of targets that a model predicts, noise included.
+
+    Args:
+        model: one that `is_predictive`.
+        x: as in `predictions`, as are the others.
+        support_x: the inputs that it was adapted to.
+        how: further arguments of `predictions`.
+    """
+    if isinstance(model, Ensemble):
+        shared = None if model.shared is None else _Deviation(model.shared)
+        return predictions(Ensemble(_Deviation(model.models), shared), x, support_x, **how)
+    return predictions(_Deviation(model), x, support_x, **how)
+
+
+class _Deviation(eqx.Module):
+    """A model of the standard deviations that a model predicts."""
+
+    model: Model
+
+    def __call__(self, x: PyTree) -> Array:
+        return self.model.predictive(x)[1]

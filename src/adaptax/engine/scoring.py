@@ -87,7 +87,8 @@ def scores(
         model: an adapted model or an `Ensemble`, which predicted.
         predictions: for the batch; of an ensemble they lead with the particle axis.
         batch: the queries.
-        noise: standard deviation of regression targets, a number or one for each particle.
+        noise: standard deviation of regression targets: a number, one for each particle, or one
+            for each prediction.
 
     Raises:
         ValueError: if the predictions do not fit the targets.

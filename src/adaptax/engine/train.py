@@ -20,7 +20,7 @@ from ..conv import FastPath
 from ..learner import Meta, MetaLearner
 from ..process import check_not_forked
 from ..protocols import Acting
-from ..task import Model, Splits, TaskDistribution
+from ..task import Model, Splits, TaskDistribution, way_of
 from . import feed
 from .divergence import Cause, diagnose
 from .evaluate import Evaluator
@@ -162,6 +162,7 @@ def fit(
         )
     if outer is not None and optimizer is not None:
         raise ValueError("outer= is the whole outer step; give no optimizer with it")
+    learner = learner.with_way(way_of(tasks))
     judge = None if validate is None else _judge(learner, validate, fast_path, validation or {})
     rule, optimizer = outer or optimizer, optimizer or learner.optimizer(steps)
     task_key, learner_key, init_key, validation_key = jax.random.split(key, 4)
