@@ -34,7 +34,24 @@ LEARNERS = {
         loss, 0.1, 2, particles=3, objective="bfa", adapt_only=ax.tree.under("head")
     ),
     "EMAML": lambda loss: ax.MAMLEnsemble(loss, 0.1, particles=3),
+    "CAVIA": lambda loss: ax.ContextAdaptation(loss, 0.5, 2, size=2, where="head"),
 }
+
+OF_LABELS = {
+    "prototypes": lambda: ax.PrototypicalNetwork(),
+    "cosines": lambda: ax.PrototypicalNetwork(distance="cosine"),
+    "ProtoMAML": lambda: ax.ProtoMAML(cross_entropy, 0.1, 2),
+}
+OF_NUMBERS = {
+    "CAVIA, modulations": lambda: ax.ContextAdaptation(
+        mse, 0.1, 2, size=None, where=("layers/*", "head"), modulation="shift", learn_lr=True
+    ),
+    "Gaussian process": lambda: ax.GaussianProcessHead(inner_steps=1, noise=0.5),
+    "Gaussian process, jointly": lambda: ax.GaussianProcessHead(
+        kernel="matern52", noise=0.5, objective="marginal"
+    ),
+}
+"""Learners that do one of the two."""
 
 
 class ConvNet(eqx.Module):

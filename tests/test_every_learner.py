@@ -16,15 +16,24 @@ from flax import nnx
 import adaptax as ax
 import references
 from adaptax.testing import check_learner, check_meta_gradient
-from learners import LEARNERS, ConvNet, Images, cross_entropy, mse
+from learners import LEARNERS, OF_LABELS, OF_NUMBERS, ConvNet, Images, cross_entropy, mse
 
 KEY = jax.random.key(0)
-VARIANTS = ("MAML schedule", "Meta-SGD first order")  # their gradients are checked, which is enough
+VARIANTS = ("MAML schedule", "Meta-SGD first order", "cosines", "Gaussian process, jointly")
+"""Their gradients are checked, which is enough."""
 
 
 @pytest.mark.parametrize("name", [name for name in LEARNERS if name not in VARIANTS])
 def test_every_learner_keeps_the_contract(name):
     check_learner(LEARNERS[name](mse))
+
+
+@pytest.mark.parametrize("name", [*OF_LABELS, *OF_NUMBERS])
+def test_learners_of_labels_or_of_numbers_keep_the_contract(name):
+    learner = {**OF_LABELS, **OF_NUMBERS}[name]()
+    check_meta_gradient(learner)
+    if name not in VARIANTS:
+        check_learner(learner)
 
 
 @pytest.mark.parametrize("name", LEARNERS)

@@ -9,6 +9,7 @@ from flax import nnx
 
 import adaptax as ax
 from adaptax.algorithms import layers
+from adaptax.testing import padded
 from learners import ConvNet, Images
 
 KEY = jax.random.key(0)
@@ -31,6 +32,13 @@ def task():
 def log_p(learner, meta, task):
     predict = learner.adapt(meta, task.support, key=KEY)
     return np.asarray(jax.nn.log_softmax(predict(task.query.x)))
+
+
+def value_and_grad(learner, meta, task):
+    """Of one task, compiled."""
+    return eqx.filter_jit(ax.meta_value_and_grad)(
+        learner, meta, jax.tree.map(lambda a: a[None], task), key=KEY
+    )
 
 
 def by_hand(features, task, way=3):
@@ -69,9 +77,7 @@ def test_cosines(task):
     expected = np.asarray(jax.nn.log_softmax(jnp.asarray(7 * unit(f) @ unit(centres).T)))
     meta = learner.init(model, key=KEY)
     np.testing.assert_allclose(log_p(learner, meta, task), expected, rtol=1e-9)
-    (_, _), slope = ax.meta_value_and_grad(
-        learner, meta, jax.tree.map(lambda a: a[None], task), key=KEY
-    )
+    (_, _), slope = value_and_grad(learner, meta, task)
     assert slope["log_scale"] != 0
 
 
@@ -86,9 +92,9 @@ def test_the_nearest_class_mean_is_the_prototypical_network_of_the_inputs(task):
 
 def test_without_steps_protomaml_is_a_prototypical_network(task):
     first, then = ax.PrototypicalNetwork(), ax.ProtoMAML(CE, 0.1, 0)
-    model, tasks = net(), jax.tree.map(lambda a: a[None], task)
-    (value, _), slope = ax.meta_value_and_grad(first, first.init(model, key=KEY), tasks, key=KEY)
-    (other, _), gradient = ax.meta_value_and_grad(then, then.init(model, key=KEY), tasks, key=KEY)
+    model = net()
+    (value, _), slope = value_and_grad(first, first.init(model, key=KEY), task)
+    (other, _), gradient = value_and_grad(then, then.init(model, key=KEY), task)
     np.testing.assert_allclose(other, value, rtol=1e-14)
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(slope["model"]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15)
@@ -117,17 +123,17 @@ def test_the_inner_loop_is_gradient_descent_from_the_head_of_the_prototypes(task
 
 def test_what_of_the_meta_gradient_goes_through_the_prototypes(task):
     """Stopped and of first order, it is the gradient at the adapted point, as FOMAML's is."""
-    model, tasks = net(), jax.tree.map(lambda a: a[None], task)
+    model = net()
     learner = ax.ProtoMAML(CE, 0.1, 2, first_order=True, stop_prototypes=True)
     meta = learner.init(model, key=KEY)
     adapted = learner.adapt(meta, task.support, key=KEY)
     at_the_end = eqx.filter_grad(lambda body: CE(layers.Headed(body, adapted.head), task.query))
-    _, gradient = ax.meta_value_and_grad(learner, meta, tasks, key=KEY)
+    _, gradient = value_and_grad(learner, meta, task)
     pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(at_the_end(adapted.body)), strict=True)
     for a, b in pairs:
         np.testing.assert_allclose(a, b, rtol=1e-11)
     flowing = ax.ProtoMAML(CE, 0.1, 2, first_order=True)
-    _, other = ax.meta_value_and_grad(flowing, meta, tasks, key=KEY)
+    _, other = value_and_grad(flowing, meta, task)
     a, b = (ax.tree.norm(g) for g in (gradient, jax.tree.map(jnp.subtract, gradient, other)))
     assert b > 0.1 * a
 
@@ -174,6 +180,19 @@ def test_ways_where_labels_are_traced(task):
 @pytest.mark.parametrize("make", [ax.PrototypicalNetwork, lambda: ax.ProtoMAML(CE, 0.1, 2)])
 def test_meta_gradient_of_a_convolutional_net_with_batch_norm(make):
     ax.testing.check_meta_gradient(make(), ConvNet(jax.random.key(5)), Images())
+
+
+@pytest.mark.parametrize("make", [ax.PrototypicalNetwork, lambda: ax.ProtoMAML(CE, 0.1, 2)])
+def test_padding_is_not_there(task, make):
+    learner = make()
+    meta = learner.init(net(), key=KEY)
+    longer = ax.Task(padded(task.support, 11), padded(task.query, 7))
+    odd = eqx.tree_at(lambda t: t.support.y, longer, longer.support.y.at[8:].set(5))
+    pairs = [value_and_grad(learner, meta, t) for t in (task, longer, odd)]
+    for a, b, c in zip(*map(jax.tree.leaves, pairs), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-12, atol=1e-14)
+        np.testing.assert_array_equal(c, b)  # no matter how padding is labelled
+    assert learner.adapt(meta, odd.support, key=KEY)(task.query.x).shape == (5, 3)
 
 
 def test_models_of_other_kinds():
@@ -224,3 +243,22 @@ def test_it_starts_from_what_others_learned():
             meta = learner.init(start, key=KEY)
             body = meta["model"] if isinstance(meta, dict) else meta
             np.testing.assert_array_equal(body.layers[0].weight, net().layers[0].weight)
+
+
+@pytest.mark.parametrize("head", ["zero", "tied"])
+def test_a_shared_head_takes_any_number_of_ways(head, task):
+    """As a model of so many ways does whose head is the same for all."""
+    maml, model = ax.MAML(CE, 0.5, 2), net(out=5)
+    tied = {path: leaf.mean(-1, keepdims=True) for path, leaf in ax.tree.by_path(model).items()
+            if path.startswith("head")}  # fmt: skip
+    wanted = {path: jnp.broadcast_to(leaf, (*leaf.shape[:-1], 3)) * (head == "tied")
+              for path, leaf in tied.items()}  # fmt: skip
+    due = maml.adapt(ax.tree.replace(net(out=3), ax.tree.by_path(model) | wanted),
+                     task.support, key=KEY)(task.query.x)  # fmt: skip
+    shared = ax.SharedHead(maml, head, way=3)
+    found = shared.adapt(model, task.support, key=KEY)(task.query.x)
+    np.testing.assert_allclose(found, due, rtol=1e-12)
+    assert ax.SharedHead(maml, head).adapt(model, task.support, key=KEY)(task.query.x).shape[1] == 5
+    rates = ax.SharedHead(ax.MetaSGD(CE, 0.1), head, way=3)
+    with pytest.raises(ValueError, match="whose meta-parameters are a model"):
+        rates.adapt(rates.init(model, key=KEY), task.support, key=KEY)

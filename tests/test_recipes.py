@@ -86,6 +86,8 @@ def test_every_algorithm_has_settings_for_every_task(algorithm, tasks):
     [
         ("ridge", "omniglot", "not for classes"),
         ("class-mean", "fsmol", "all have support"),
+        ("gp", "omniglot", "not for classes"),
+        ("protomaml", "sinusoid", "all have support"),
         ("leo", "mini_imagenet", "adaptax embed"),
         ("platipus", "navigation", "reinforcement"),
     ],

@@ -62,7 +62,8 @@ def _largest_label(support: Any) -> int | None:
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(support))
     if not known or traced or not jnp.issubdtype(support.y.dtype, jnp.integer):
         return None
-    labels = np.asarray(support.y)[np.asarray(support.present) > 0]
+    labels, weight = np.asarray(support.y), support.weight
+    labels = labels if weight is None else labels[np.asarray(weight) > 0]
     return max(int(np.max(labels)) + 1, 1) if labels.size else None
 
 

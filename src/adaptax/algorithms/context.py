@@ -225,9 +225,12 @@ class Contextual(eqx.Module):
             ) from error
 
     def _modulated(self, modulations: dict[str, Array]) -> Model:
-        found = {path: layers.find(self.model, path) for path in modulations}
-        new = {path: Modulated(found[path], m, self.scaled) for path, m in modulations.items()}
-        return layers.replaced(self.model, new)
+        model = self.model
+        # Layers inside of others first, so that the outer ones hold them modulated.
+        for path in sorted(modulations, key=lambda path: -path.count("/")):
+            layer = Modulated(layers.find(model, path), modulations[path], self.scaled)
+            model = layers.replaced(model, {path: layer})
+        return model
 
 
 class Modulated(eqx.Module):

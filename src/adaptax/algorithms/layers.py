@@ -125,7 +125,8 @@ def matching(model: Model, patterns: tuple[str, ...]) -> dict[str, Any]:
     Raises:
         ValueError: if there is none of a pattern.
     """
-    every, found = layers(model), {}
+    every = layers(model)
+    found: dict[str, Any] = {}
     for pattern in patterns:
         these = {path: one for path, one in every.items() if fnmatch.fnmatchcase(path, pattern)}
         if not these:
@@ -148,7 +149,7 @@ def find(model: Model, path: str) -> Any:
 
 
 def replaced(model: Model, new: Mapping[str, Any]) -> Model:
-    """Return the model with other nodes at some paths."""
+    """Return the model with other nodes at some paths, none of which is below another."""
     if "" in new:
         return new[""]
     children, structure = _children(model)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .. import tree
-from ..checks import one_of
+from ..checks import at_least, one_of
 from ..learner import Meta, MetaLearner
 from ..losses import Loss
 from ..task import Model, Source, Task
@@ -28,28 +27,40 @@ class SharedHead(MetaLearner):
     The last axis of the head's arrays is taken for that of the ways, as it is in `adaptax.models`
     and Flax NNX, and is not in Equinox's and PyTorch's linear layers.
 
+    Nor does it depend on how many ways there are: with `way` tasks have other ways than those that
+    the model was made for.
+
     Args:
         learner: whose meta-parameters are a model, or a dict with a `"model"` or a `"mean"`.
         head: the learned weights' mean over the ways (`"tied"`), or `"zero"`.
         head_path: path of the head in the model; `adaptax.models` call it `head`.
+        way: number of ways; as many as the model was made for if `None`. For learners whose
+            meta-parameters are a model: others have rates or variances for every way.
 
     Raises:
-        ValueError: for another kind; when it is used, if there is nothing at that path.
+        ValueError: for another kind; when it is used, if there is nothing at that path, or `way`
+            is not for the learner.
     """
 
     loss: Loss = eqx.field(static=True)
     learner: MetaLearner
     head: Literal["tied", "zero"] = eqx.field(static=True)
     head_path: str = eqx.field(static=True)
+    way: int | None = eqx.field(static=True)
 
     def __init__(
-        self, learner: MetaLearner, head: Literal["tied", "zero"] = "tied", head_path: str = "head"
+        self,
+        learner: MetaLearner,
+        head: Literal["tied", "zero"] = "tied",
+        head_path: str = "head",
+        way: int | None = None,
     ):
         self.loss, self.learner, self.train_only = learner.loss, learner, learner.train_only
-        self.head, self.head_path = head, head_path
+        self.head, self.head_path, self.way = head, head_path, way
 
     def __check_init__(self) -> None:
         one_of(self, head=("tied", "zero"))
+        at_least(self, 1, "way")
 
     def init(self, model: Model, *, key: PRNGKeyArray) -> Meta:
         """Return the learner's meta-parameters."""
@@ -89,7 +100,12 @@ class SharedHead(MetaLearner):
 
     def describe(self) -> dict[str, Any]:
         """Return name and hyper-parameters of the learner, and the kind of head."""
-        return {**self.learner.describe(), "head": self.head, "head_path": self.head_path}
+        own = {"head": self.head, "head_path": self.head_path}
+        return {**self.learner.describe(), **own, **({"way": self.way} if self.way else {})}
+
+    def with_way(self, way: int | None) -> Any:
+        """Return the same: the ways are those of the model unless it says otherwise."""
+        return self
 
     @property
     def _inner(self) -> MetaLearner:
@@ -98,6 +114,11 @@ class SharedHead(MetaLearner):
     def _shared(self, meta: Meta) -> Meta:
         """The meta-parameters, their model with that head."""
         if isinstance(meta, dict):
+            if self.way is not None:
+                raise ValueError(
+                    f"way={self.way} is for learners whose meta-parameters are a model, such as "
+                    "MAML, and these are {}; make a model of that many ways".format(", ".join(meta))
+                )
             name = "mean" if "mean" in meta else "model"
             return {**meta, name: self._shared(meta.get(name))}
         below = tree.under(self.head_path)
@@ -109,7 +130,12 @@ class SharedHead(MetaLearner):
                 f"head={self.head!r} wants the model's head, and it has nothing below "
                 f"{self.head_path!r}; give head_path="
             )
-        tied = lambda leaf: jnp.broadcast_to(leaf.mean(-1, keepdims=True), leaf.shape)  # noqa: E731
-        return tree.replace(
-            meta, jax.tree.map(tied if self.head == "tied" else jnp.zeros_like, head)
-        )
+        new = {path: self._same_for_all(leaf) for path, leaf in head.items()}
+        return tree.replace(meta, new)
+
+    def _same_for_all(self, leaf: Array) -> Array:
+        """Return an array of the head with equal entries along its last axis, the ways."""
+        shape = (*leaf.shape[:-1], self.way or leaf.shape[-1])
+        if self.head == "zero":
+            return jnp.zeros(shape, leaf.dtype)
+        return jnp.broadcast_to(leaf.mean(-1, keepdims=True), shape)

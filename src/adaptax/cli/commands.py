@@ -47,12 +47,14 @@ class Train:
 
     ALGORITHM is maml, fomaml, anil, meta-sgd, maml++, reptile, platipus, bmaml, emaml (an ensemble
     of MAMLs), leo (of embeddings and curves), pretrained (joint training, then fine-tuning),
-    class-mean (nearest class means), ridge (regression of each task alone), or one of your own,
-    my_module:MyLearner. TASKS is omniglot, mini_imagenet, glyphs (drawn from Matplotlib's fonts, no
-    download) or folder (your images, a class a directory); embeddings (a file of `adaptax embed`);
-    the functions sinusoid, sinusoid_or_line and finite_sinusoids; circles in the plane; celeba
-    (attributes of faces); fsmol (assays); the environments navigation, bandit, tabular_mdp,
-    half_cheetah and ant; or your own, my_module:my_tasks. Modules may lie in the current folder.
+    cavia (a context of few variables), prototypes and protomaml (of classes), gp (a Gaussian
+    process on learned features), class-mean (nearest class means), ridge (regression of each task
+    alone), or one of your own, my_module:MyLearner. TASKS is omniglot, mini_imagenet, glyphs (drawn
+    from Matplotlib's fonts, no download) or folder (your images, a class a directory); embeddings
+    (a file of `adaptax embed`); the functions sinusoid, sinusoid_or_line and finite_sinusoids;
+    circles in the plane; celeba (attributes of faces); fsmol (assays); the environments navigation,
+    bandit, tabular_mdp, half_cheetah and ant; or your own, my_module:my_tasks. Modules may lie in
+    the current folder.
 
     For example:
       adaptax train maml sinusoid

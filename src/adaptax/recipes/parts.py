@@ -32,6 +32,7 @@ LOSSES: dict[str, Loss] = {
     "mse": losses.mse,
     "relative_mse": losses.relative_mse,
     "normal": losses.normal,
+    "predictive_nll": losses.predictive_nll,
     "cross_entropy": losses.cross_entropy,
     "gaussian": gaussian_nll,
     **rl.OBJECTIVES,
@@ -125,7 +126,7 @@ def make_learner(
             arguments[name] = tree.under(arguments[name])
     if family.kind == "environment" and "kernel" in taken:
         arguments["kernel"] = rl.KERNELS[arguments.get("kernel", "code")]
-    if "way" in taken:
+    if "way" in taken and taken["way"].default is not None:  # others ask the tasks
         arguments.setdefault("way", way)
     shared = {}
     if "head" not in taken:

@@ -53,6 +53,8 @@ def with_path(experiment: Experiment, path: str | None) -> Experiment:
     changes: dict[str, Any] = {"task": {"path": str(where)}}
     if "linear" in experiment.network:
         changes["network"] = {"linear": width(where)}
+    elif family.has("features") and "in_size" in experiment.network:
+        changes["network"] = {"in_size": width(where)}
     return changed(experiment, changes)
 
 

@@ -196,6 +196,29 @@ LEARNERS: dict[str, Learner] = {
         sets=("inner_steps",),
         joint=True,
     ),
+    "cavia": Learner("CAVIA", "adaptax.algorithms.context:ContextAdaptation"),
+    "prototypes": Learner(
+        "Prototypical network",
+        "adaptax.algorithms.prototypes:PrototypicalNetwork",
+        ("labelled",),
+        "prototypes are of classes that all have support, which {tasks} tasks have not; take "
+        "another learner, such as maml",
+        first_order="a prototypical network has no inner loop; leave out --first-order",
+    ),
+    "protomaml": Learner(
+        "ProtoMAML",
+        "adaptax.algorithms.proto_maml:ProtoMAML",
+        ("labelled",),
+        "prototypes are of classes that all have support, which {tasks} tasks have not; take "
+        "another learner, such as maml",
+    ),
+    "gp": Learner(
+        "Gaussian process",
+        "adaptax.algorithms.gaussian_process:GaussianProcessHead",
+        ("regression",),
+        "a Gaussian process is for numbers ({regression}), not for classes, as {tasks} has them; "
+        "compare with prototypes instead",
+    ),
     "class-mean": Learner(
         "Nearest class mean",
         "adaptax.algorithms.baselines:NearestClassMean",
