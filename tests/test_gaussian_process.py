@@ -219,6 +219,22 @@ def test_scores_are_by_the_deviations_that_are_predicted(transductive):
     np.testing.assert_array_equal(again.values["nll"], report.values["nll"])
 
 
+def test_bands_are_of_the_deviations_that_are_predicted():
+    learner = made(head="head")
+    tasks = ax.tasks.sinusoid(shot=5, query=8).test
+    meta = learner.init(ax.models.MLP(1, 1, (8,), key=KEY), key=KEY)
+    figure = ax.report.sampled_functions({"GP": (learner, meta)}, tasks, key=KEY, rows=1)
+    band = figure.axes[0].collections[0].get_paths()[0].vertices
+    task = tasks.sample(jax.random.split(KEY, 1)[0])
+    at = np.unique(band[:, 0])[[20, 100]]
+    model = learner.adapt(meta, task.support, key=jax.random.split(KEY, 1)[0])
+    mean, deviation = model.predictive(jnp.asarray(at, jnp.float32)[:, None])
+    for x, m, s in zip(at, np.ravel(mean), np.ravel(deviation), strict=True):
+        ends = np.unique(band[np.isclose(band[:, 0], x), 1])
+        due = [m - s * scipy.stats.norm.ppf(0.95), m + s * scipy.stats.norm.ppf(0.95)]
+        np.testing.assert_allclose(sorted(ends), due, atol=2e-3)
+
+
 def test_an_ensemble_of_processes_is_scored_by_its_mixture(task):
     learner = made()
     models = [

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from ..engine.predict import learned_noise, predictions
+from ..engine.predict import deviations, is_predictive, learned_noise, predictions
 from ..learner import Adapter, Meta
 from ..task import Batch, Model, TaskDistribution
 from .predictions import (
@@ -69,7 +69,8 @@ def sampled_functions(
         tasks: of one input and one output; with `function(key)`, the true function is drawn.
         key: names the tasks.
         rows: how many tasks.
-        noise: standard deviation of the targets, or `"learned"`: what each sample says it is.
+        noise: standard deviation of the targets, or `"learned"`: what each sample says it is. A
+            model that predicts one for every target, as a Gaussian process does, is drawn with it.
         level: of the band.
 
     Raises:
@@ -95,7 +96,7 @@ def sampled_functions(
         for ax, (learner, meta) in zip(row, learners.values()):
             model, f = _predictions(learner, meta, task.support, x, own)
             f = f if f.ndim == 3 else f[None]
-            low, high = _interval(f[..., 0], _noise(model, noise), level)
+            low, high = _interval(f[..., 0], _noise(model, noise, x, task.support), level)
             ax.fill_between(x[:, 0], low, high, color=COLOURS[5], alpha=0.3, linewidth=0, zorder=1)
             ax.plot(x[:, 0], f[..., 0].T, color=COLOURS[0], linewidth=0.8, alpha=0.7, zorder=2)
             if len(known) > 1:
@@ -367,17 +368,22 @@ def _predictions(
     return model, np.asarray(predictions(model, x, support.x, transductive=True))
 
 
-def _noise(model: Model, noise: float | str) -> Float[np.ndarray, " _"]:
+def _noise(model: Model, noise: float | str, x: Any, support: Batch) -> Float[np.ndarray, "a b"]:
+    """Return the deviation of targets for each model and input, or for all of them alike."""
+    if is_predictive(model):
+        x = jnp.asarray(x, support.x.dtype)
+        found = np.asarray(deviations(model, x, support.x, transductive=True))
+        return found[..., 0].reshape(-1, len(x))
     if noise != "learned":
-        return np.reshape(np.asarray(noise, float), (1,))
-    return np.reshape(np.asarray(learned_noise(model)), (-1,))
+        return np.reshape(np.asarray(noise, float), (1, 1))
+    return np.reshape(np.asarray(learned_noise(model)), (-1, 1))
 
 
 def _interval(
-    f: Float[np.ndarray, "m n"], noise: Float[np.ndarray, " _"], level: float
+    f: Float[np.ndarray, "m n"], noise: Float[np.ndarray, "a b"], level: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the ends of the central interval of the mixture of `N(f_m, noise²)`, by bisection."""
-    scales = jnp.asarray(noise)[:, None]
+    scales = jnp.asarray(noise)
     reach = 10 * float(np.max(noise))
 
     def quantile(q: float) -> np.ndarray:
