@@ -142,6 +142,29 @@ def table(title, columns, rows):
     Console(width=130).print(made)
 
 
+MATMUL = """
+import time, jax, jax.numpy as jnp
+a = jax.random.normal(jax.random.key(0), (2048, 2048))
+product, best = jax.jit(jnp.matmul), float("inf")
+for _ in range(9):
+    start = time.perf_counter()
+    product(a, a).block_until_ready()
+    best = min(best, time.perf_counter() - start)
+print(2e-9 * 2048**3 / best)
+"""
+
+
+def matmul_peak():
+    """GFLOP/s of XLA's product of large float32 matrices on all cores."""
+    out = subprocess.run([sys.executable, "-c", MATMUL], stdout=subprocess.PIPE, check=True)
+    return float(out.stdout)
+
+
+def machine(peak):
+    """Prints what is measured on."""
+    print(f"{_cpu()}, {CORES} cores, {peak:.0f} GFLOP/s in a float32 matrix product", flush=True)
+
+
 def save(path, **content):
     """Results as JSON, with what they were measured on."""
     versions = {}

@@ -29,7 +29,8 @@ def worker(mapping, tasks, steps, remat):
     import adaptax as ax
 
     model = ax.models.Conv4(out=WAY, key=jax.random.key(0))
-    learner = ax.MAML(ax.losses.cross_entropy, inner_lr=0.1, inner_steps=steps, remat=remat)
+    mode = "checkpoint=1" if remat else "reverse"
+    learner = ax.MAML(ax.losses.cross_entropy, inner_lr=0.1, inner_steps=steps, meta_gradient=mode)
     labels = jnp.tile(jnp.arange(WAY), (tasks, 1))
     batch = ax.Task(
         ax.Batch(jnp.ones((tasks, WAY, 28, 28, 1)), labels),

@@ -44,30 +44,31 @@ def weights(dtype):
     return {name: value.astype(dtype) for name, value in made.items()}
 
 
-def tasks(dtype):
+def tasks(dtype, shot=1):
     """Support and query of all tasks: images `(tasks, n, h, w, c)` and labels `(tasks, n)`."""
     rng = np.random.default_rng(1)
     labels = np.tile(np.arange(WAY), (TASKS, 1))
     xs, xq = (
-        rng.random((TASKS, n, SIDE, SIDE, CHANNELS)).astype(dtype) for n in (WAY, WAY * QUERY)
-    )  # fmt: skip
-    return xs, labels, xq, np.repeat(labels, QUERY, axis=1)
+        rng.random((TASKS, n, SIDE, SIDE, CHANNELS)).astype(dtype)
+        for n in (WAY * shot, WAY * QUERY)
+    )
+    return xs, np.repeat(labels, shot, axis=1), xq, np.repeat(labels, QUERY, axis=1)
 
 
-def run_torch(dtype, threads=measure.CORES):
+def torch_problem(dtype, threads, shot=1):
+    """Parameters, network and tasks, for PyTorch."""
     import torch
     import torch.nn.functional as F
 
     torch.set_num_threads(threads)
     # Padding "SAME" puts an even image's extra row last, PyTorch's first: mirror the images and
     # the kernels, and the two networks are the same function. Without strides there is none.
-    start = time.perf_counter()
     params = {
         name: torch.tensor(to_torch(name, value)).requires_grad_()
         for name, value in weights(dtype).items()
     }
-    names, ones = list(params), torch.ones_like(params["shift0"]).detach()
-    xs, ys, xq, yq = (torch.tensor(a) for a in tasks(dtype))
+    ones = torch.ones_like(params["shift0"]).detach()
+    xs, ys, xq, yq = (torch.tensor(a) for a in tasks(dtype, shot))
     xs, xq = (x.flip(2, 3) if STRIDE > 1 else x for x in (xs, xq))
     xs, xq = (x.permute(0, 1, 4, 2, 3).contiguous() for x in (xs, xq))
 
@@ -78,6 +79,17 @@ def run_torch(dtype, threads=measure.CORES):
             x = x if STRIDE > 1 else F.max_pool2d(x, 2)
         x = x.mean((2, 3)) if STRIDE > 1 else x.permute(0, 2, 3, 1).flatten(1)
         return F.linear(x, p["head"], p["head_bias"])
+
+    return params, net, (xs, ys, xq, yq)
+
+
+def run_torch(dtype, threads=measure.CORES):
+    import torch
+    import torch.nn.functional as F
+
+    start = time.perf_counter()
+    params, net, (xs, ys, xq, yq) = torch_problem(dtype, threads)
+    names = list(params)
 
     def step():
         for p in params.values():
@@ -100,6 +112,36 @@ def run_torch(dtype, threads=measure.CORES):
     first = time.perf_counter() - start
     grads = {name: from_torch(name, p.grad.numpy()) for name, p in params.items()}
     return step, value, grads, {"compile_seconds": first, "threads": threads}
+
+
+def run_torch_func(dtype, compiled=False):
+    """Map the tasks by `torch.func.vmap`; the whole step in `torch.compile` if asked."""
+    import torch
+    import torch.nn.functional as F
+
+    start = time.perf_counter()
+    params, net, batch = torch_problem(dtype, measure.CORES)
+    params = {name: p.detach() for name, p in params.items()}
+
+    def task_loss(params, xs, ys, xq, yq):
+        slope = torch.func.grad(lambda p: F.cross_entropy(net(p, xs), ys))
+        adapted = params
+        for _ in range(STEPS):
+            grads = slope(adapted)
+            grads = {n: g.detach() for n, g in grads.items()} if FIRST_ORDER else grads
+            adapted = {n: p - LR * grads[n] for n, p in adapted.items()}
+        return F.cross_entropy(net(adapted, xq), yq)
+
+    def meta_loss(params):
+        return torch.func.vmap(task_loss, (None, 0, 0, 0, 0))(params, *batch).mean()
+
+    whole = torch.func.grad_and_value(meta_loss)
+    whole = torch.compile(whole) if compiled else whole
+    grads, value = whole(params)
+    first = time.perf_counter() - start
+    grads = {name: from_torch(name, g.numpy()) for name, g in grads.items()}
+    info = {"compile_seconds": first, "threads": measure.CORES}
+    return lambda: whole(params), float(value), grads, info
 
 
 def to_torch(name, value):
@@ -153,7 +195,27 @@ def run_adaptax(dtype, build, fast_path=True):
 
     info = {"compile_seconds": seconds, "devices": 1 if mesh is None else mesh.size}
     info["temporary_mb"] = compiled.memory_analysis().temp_size_in_bytes / 2**20
+    if dtype == np.float32:
+        info["gflop"] = 1e-9 * TASKS * operations(learner, model, batch)
     return step, float(value), jax.tree.map(np.asarray, read(grads)), info
+
+
+def operations(learner, model, batch):
+    """Operations of the meta-gradient of one task, as ours counts them."""
+    import equinox as eqx
+    import jax
+
+    import adaptax as ax
+    from adaptax.engine.work import work
+
+    params, fixed = eqx.partition(model, eqx.is_inexact_array)
+
+    def one(params, task):
+        return ax.meta_value_and_grad(
+            learner, eqx.combine(params, fixed), task, key=jax.random.key(0), mapping="scan"
+        )[1]
+
+    return work(one, params, jax.tree.map(lambda leaf: leaf[:1], batch)).operations
 
 
 def conv4(w):
@@ -211,6 +273,8 @@ def worker(name):
     step, value, grads, info = {
         "torch eager": lambda: run_torch(dtype),
         "torch eager, one thread": lambda: run_torch(dtype, threads=1),
+        "torch vmap": lambda: run_torch_func(dtype),
+        "torch compile": lambda: run_torch_func(dtype, compiled=True),
         "adaptax Conv4": lambda: run_adaptax(dtype, conv4),
         "adaptax Flax NNX": lambda: run_adaptax(dtype, flax),
         "adaptax Flax NNX, native": lambda: run_adaptax(dtype, flax, fast_path=False),
@@ -235,6 +299,7 @@ def main():
     parser.add_argument("--json", help="write the results there")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--native", action="store_true", help="Flax without the fast path, too")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, which takes minutes")
     parser.add_argument("--images", type=int, choices=(28, 84), default=28, help="their side")
     parser.add_argument("--first-order", action="store_true")
     parser.add_argument("--inexact", action="store_true", help="without the check in float64")
@@ -244,9 +309,12 @@ def main():
     os.environ["META_STEP_FIRST_ORDER"] = str(int(args.first_order))
     if args.worker:
         return worker(args.worker)
-    names = [*IMPLEMENTATIONS, "torch eager, one thread"] + [
-        "adaptax Flax NNX, native"
-    ] * args.native
+    names = [
+        *IMPLEMENTATIONS, "torch eager, one thread", "torch vmap",
+        *["torch compile"] * args.compile, *["adaptax Flax NNX, native"] * args.native,
+    ]  # fmt: skip
+    peak = measure.matmul_peak()
+    measure.machine(peak)
     exact = [] if args.inexact else IMPLEMENTATIONS
     for name in exact:
         measure.Worker(__file__, name + EXACT).stop()
@@ -255,24 +323,28 @@ def main():
     base = min(r["seconds"] for name, r in results.items() if name.startswith("torch"))
     for name, record in results.items():
         record["times_faster_than_torch"] = base / record["seconds"]
+        gflop = results["adaptax Conv4"]["gflop"]
+        record["share_of_matmul_peak"] = gflop / record["seconds"] / peak
         record["gradient_difference_float32"] = disagreement(name, "")
         if name in exact:
             record["gradient_difference_float64"] = disagreement(name, EXACT)
     measure.table(
         f"{'First' if args.first_order else 'Second'}-order MAML meta-step, images of "
         f"{args.images}x{args.images}, {16 if args.images == 28 else 4} tasks, 5 steps",
-        ["", "s / step", "processor s", "× best torch", "first call s", "peak MB", "of it running",
+        ["", "s / step", "core-seconds", "× best torch", "% of matmul", "first call s",
+         "peak MB", "of it running",
          "Δ gradient", "in float64"],
         [
             (name, r["seconds"], r["cpu_seconds"], r["times_faster_than_torch"],
-             r["compile_seconds"], round(r["peak_mb"]), round(r["running_mb"]),
+             round(100 * r["share_of_matmul_peak"]), r["compile_seconds"],
+             round(r["peak_mb"]), round(r["running_mb"]),
              f"{r['gradient_difference_float32']:.0e}",
              f"{r['gradient_difference_float64']:.0e}" if name in exact else "")
             for name, r in results.items()
         ],
     )  # fmt: skip
     if args.json:
-        measure.save(args.json, results=results)
+        measure.save(args.json, matmul_peak_gflops=round(peak, 1), results=results)
 
 
 if __name__ == "__main__":

@@ -442,7 +442,7 @@ def particles() -> list[list[str]]:
 
 @table("memory", "memory")
 def memory() -> list[list[str]]:
-    found = [["mapping", "tasks", "inner steps", "`remat`", "XLA's temporaries, MB"]]
+    found = [["mapping", "tasks", "inner steps", "`checkpoint=1`", "XLA's temporaries, MB"]]
     for row in load("memory")["results"]:
         remat = "yes" if row["remat"] else "no"
         counts = [str(row["tasks"]), str(row["steps"]), remat]

@@ -54,9 +54,9 @@ NASTY_JSON = [None, True, False, -1, 0, 1, 3, 2.5, -0.5, 1e300, float("nan"), fl
 SECTIONS = ["task", "test_task", "network", "learner", "outer", "evaluation", "training", "x"]
 KEYS = ["way", "shot", "query", "path", "image_size", "splits", "seed", "mlp", "conv4", "linear",
         "policy", "in_size", "activation", "batch_norm", "init", "context", "inner_lr", "loss",
-        "inner_steps", "eval_steps", "adapt_only", "inner_adam", "remat", "noise", "reduction",
-        "samples", "particles", "adam", "sgd", "clip", "trpo", "ppo", "at", "episodes", "select",
-        "steps", "transductive", "mapping", "y"]  # fmt: skip
+        "inner_steps", "eval_steps", "adapt_only", "inner_adam", "meta_gradient", "noise",
+        "reduction", "samples", "particles", "adam", "sgd", "clip", "trpo", "ppo", "at", "episodes",
+        "select", "steps", "transductive", "mapping", "y"]  # fmt: skip
 
 
 def commands(rng: random.Random) -> list[str]:

@@ -10,7 +10,9 @@ mse, cross_entropy = ax.losses.mse, ax.losses.cross_entropy
 
 LEARNERS = {
     "MAML": lambda loss: ax.MAML(loss, 0.1, 2),
-    "MAML schedule": lambda loss: ax.MAML(loss, lambda i: 0.1 / (i + 1), 2, remat=True),
+    "MAML schedule": lambda loss: ax.MAML(
+        loss, lambda i: 0.1 / (i + 1), 2, meta_gradient="checkpoint=1"
+    ),
     "MAML Adam": lambda loss: ax.MAML(
         loss, inner_steps=2, inner_optimizer=ax.inner.adam(0.05, eps_root=0.01)
     ),

@@ -108,7 +108,7 @@ def test_steps_that_lead_out():
     [
         (Own(), "query loss"),
         (ax.FOMAML(mse), "support loss"),
-        (ax.MAML(mse, inner_steps=2, remat=True), "support loss"),
+        (ax.MAML(mse, inner_steps=2, meta_gradient="checkpoint=1"), "support loss"),
         (ax.MetaSGD(mse), "support loss"),
         (ax.Reptile(mse), "support loss"),
         (ax.BayesianMAML(mse, 0.01, 1, particles=2), "support loss"),

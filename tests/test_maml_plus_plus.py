@@ -497,7 +497,7 @@ def started(kind, **how):
 @functools.cache
 def found(kind, mapping="scan"):
     """Meta-loss and meta-gradient at every point of `AT`."""
-    learner, meta = started(kind, remat=mapping == "scan")
+    learner, meta = started(kind, meta_gradient="checkpoint=1" if mapping == "scan" else "auto")
     run = lambda now: ax.meta_value_and_grad(
         learner, meta, images(), key=KEY, progress=now, mapping=mapping, fast_path=mapping == "scan"
     )

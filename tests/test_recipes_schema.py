@@ -111,7 +111,7 @@ def test_a_network_in_the_place_of_another_takes_that_of_its_settings():
 @pytest.mark.parametrize("algorithm", ["fomaml", "anil", "pretrained"])
 def test_what_is_passed_on_is_known(algorithm):
     known = schema.taken(table.load(LEARNERS[algorithm].make), ("loss",))
-    assert {"inner_lr", "eval_steps", "remat"} <= known.keys()
+    assert {"inner_lr", "eval_steps", "meta_gradient"} <= known.keys()
     assert not {"inner_optimizer", "adapt_only", "how"} & known.keys()
     assert {"discount", "horizon"} <= schema.taken(
         table.load(table.FAMILIES["navigation"].make)

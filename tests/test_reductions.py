@@ -107,10 +107,6 @@ def test_every_way_of_mapping_gives_one_gradient(learner):
         assert_close(grads(mapping, devices), expected, rtol=1e-13)
 
 
-def test_remat_changes_nothing():
-    assert_close(gradient(ax.MAML(mse, 0.1, 4, remat=True)), gradient(ax.MAML(mse, 0.1, 4)))
-
-
 def test_wrong_mappings_are_refused():
     for wrong in (0, -1):
         with pytest.raises(ValueError, match="mapping is"):

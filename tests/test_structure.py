@@ -17,7 +17,7 @@ GROUND = {
     "distributions", "checks", "caches", "processes", "weights",
 }  # fmt: skip
 PRIMITIVES = {"inner", "svgd", "conv", "rewrite", "batch_norm", "roots", "watch", "program", "look",
-              "switch", "conv_forms", "pooling",
+              "switch", "conv_forms", "pooling", "modes", "beside",
               "primitive"}  # fmt: skip
 ROOMS = {
     "ground": set(),

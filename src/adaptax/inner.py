@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from . import roles, roots, tree, watch
+from . import modes, roles, roots, tree, watch
 from .losses import Loss
 from .task import Model, Source
 
@@ -88,6 +89,7 @@ def run(
     optimizer: optax.GradientTransformation | None = None,
     state: PyTree = None,
     first_order: bool = False,
+    meta_gradient: str = "auto",
     remat: bool = False,
     adapt_only: tree.Predicate | None = None,
     keep_path: bool = False,
@@ -106,8 +108,9 @@ def run(
             finite; see `adaptax.roots.safe`.
         state: the rule's state to start from; fresh if `None`.
         first_order: treat the inner gradients as constants. No second-order graph is built.
-        remat: recompute each step when differentiating instead of storing its activations, so
-            that memory grows with the parameters, not the activations, times `steps`.
+        meta_gradient: how the steps are differentiated, such as `"forward"` or
+            `"reverse, checkpoint=4, truncate=16"`; see `adaptax.modes.parse`.
+        remat: the same as `"checkpoint=1"`.
         adapt_only: which leaves to adapt; see `adaptax.tree.adaptable`.
         keep_path: also keep the model after every step.
         view: the model as step `i` sees it, `view(model, i)`, differentiable; for what changes
@@ -116,12 +119,14 @@ def run(
             should carry no derivative: see `stop`.
 
     Raises:
-        ValueError: unless exactly one of `lr` and `optimizer` is given and `steps >= 0`.
+        ValueError: unless exactly one of `lr` and `optimizer` is given and `steps >= 0`, and
+            for a `meta_gradient` that there is not.
     """
     if (lr is None) == (optimizer is None):
         raise ValueError("give the inner loop either `lr` or `optimizer`, and not both")
     if steps < 0:
         raise ValueError(f"the inner loop takes 0 or more steps, not {steps}")
+    mode = modes.parse(meta_gradient)
     rule = sgd(lr) if optimizer is None else optimizer
     roles.check_keys(model)
     once, loss = roles.deduplicate(model), roles.pure(loss)
@@ -130,9 +135,9 @@ def run(
     update = roots.safe(rule.update)
     seen = view or (lambda model, step: model)
 
-    def gradient(params: PyTree, step: Any) -> PyTree:
+    def gradient(params: PyTree, step: Any, constant: bool) -> PyTree:
         source, rest = support, fixed
-        if first_order:
+        if constant:
             # Cut at the inputs, not at the result: nothing that flows in carries a tangent, so
             # differentiating the loop never traces the derivative of a gradient.
             params, rest, source = stop((params, rest, source))
@@ -140,24 +145,25 @@ def run(
         pass_key = jax.random.fold_in(key, step)
         rest = roles.fresh(rest, pass_key)
         batch = roles.pure(now.draw)(seen(eqx.combine(params, rest), step), pass_key)
-        value, grads = jax.value_and_grad(lambda p: loss(seen(eqx.combine(p, rest), step), batch))(
-            params
-        )
+        objective = lambda p: loss(seen(eqx.combine(p, rest), step), batch)  # noqa: E731
+        order = "reverse" if constant else mode.order
+        value, grads = modes.value_and_grad(objective, order)(params)
         watch.note(step, support_inputs=batch.x, support_targets=batch.y, support_loss=value,
                    inner_gradient=grads)  # fmt: skip
         return grads
 
-    def step(carry: PyTree, i: Any) -> tuple[PyTree, PyTree]:
+    def step(carry: PyTree, i: Any, truncated: bool = False) -> tuple[PyTree, PyTree]:
         params, state = carry
-        updates, state = update(gradient(params, i), state, params)
+        grads = gradient(params, i, first_order or truncated)
+        # A view may close over what carries a derivative.
+        updates, state = update(stop(grads) if truncated else grads, state, params)
         params = optax.apply_updates(params, updates)
         watch.note(i, adapted_weights=params)
         return (params, state), params if keep_path else None
 
     carry = (start, rule.init(start) if state is None else state)
-    body = jax.checkpoint(step) if remat else step
-    # One step needs no loop, and small models are faster without.
-    (params, state), path = jax.lax.scan(body, carry, jnp.arange(steps), unroll=steps <= 1)
+    carry, path = _along(step, carry, steps, mode, remat)
+    params, state = carry
     if keep_path:
         path = jax.tree.map(lambda s, p: jnp.concatenate([s[None], p]), start, path)
         path = eqx.combine(path, jax.tree.map(lambda leaf: _repeat(leaf, steps + 1), fixed))
@@ -165,6 +171,20 @@ def run(
     if once is not model:
         end, path = roles.reshare((end, path))
     return Descent(end, state, path)
+
+
+def _along(
+    step: Callable[..., Any], carry: PyTree, steps: int, mode: modes.Mode, remat: bool
+) -> tuple[PyTree, PyTree]:
+    """Take all steps, of which those before the last `mode.truncate` are told so."""
+    checkpoint = 1 if remat and mode.checkpoint is None else mode.checkpoint
+    if mode.truncate is None or mode.truncate >= steps:
+        return modes.scan(step, carry, 0, steps, checkpoint)
+    cut = steps - mode.truncate
+    early = functools.partial(step, truncated=True)
+    carry, path = modes.scan(early, carry, 0, cut, None)
+    carry, rest = modes.scan(step, carry, cut, steps, checkpoint)
+    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), path, rest)
 
 
 def stop(tree: PyTree) -> PyTree:

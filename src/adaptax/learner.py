@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from . import program, roles, tree
+from . import modes, program, roles, tree
 from .losses import Loss
 from .task import Batch, Model, Source, Task
 from .text import readable
@@ -222,6 +222,9 @@ class MetaLearner(Adapter):
 
 class InnerLoop(MetaLearner):
     """Abstract: adapts by an inner loop of `inner_steps` steps, which are its iterates."""
+
+    def __check_init__(self) -> None:
+        modes.parse(getattr(self, "meta_gradient", "auto"))
 
     @property
     def steps(self) -> int:

@@ -79,6 +79,18 @@ def _bind(equation: Any, values: list[Any], replace: Replace) -> list[Any]:
         return _evaluate(params["jaxpr"], values, replace)
     if primitive.name in _CONTROL:
         params = {name: _rewrite(value, replace) for name, value in params.items()}
+    return bound(equation, values, **params)
+
+
+def bound(equation: Any, values: Sequence[Any], **changed: Any) -> list[Any]:
+    """Return the results of an equation of a jaxpr for these operands.
+
+    Args:
+        equation: of the jaxpr.
+        values: as many as it has operands.
+        changed: parameters in place of its own.
+    """
+    primitive, params = equation.primitive, {**equation.params, **changed}
     bind = primitive.get_bind_params(params)
     functions, params = bind if isinstance(bind, tuple) else ((), bind)  # as JAX < 0.10 has it
     out = primitive.bind(*functions, *values, **params)

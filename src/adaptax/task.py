@@ -290,6 +290,10 @@ class HostTaskDistribution(TaskDistribution):
     def plan(self, key: PRNGKeyArray) -> PyTree:
         """Return which rows make up the task that this key names; pure and traceable."""
 
+    def plan_episode(self, key: PRNGKeyArray, i: int | Integer[Array, ""]) -> PyTree:
+        """Return the plan of episode `i`, whose own key is `key`; see `episode`."""
+        return self.plan(key)
+
     @abc.abstractmethod
     def fetch(self, plan: PyTree) -> Task:
         """Gather planned tasks on the host; they lead with the leading axes of `plan`."""

@@ -81,12 +81,12 @@ def test_tasks_are_molecules_of_one_assay_with_their_activities(data, tmp_path):
             (assay,) = set(np.searchsorted(data["offsets"], rows, side="right") - 1)
             assert data["split"][assay] == fold
             drawn.add(str(data["task"][assay]))
-        assert drawn == set(tasks.assays)
+        assert drawn == set(tasks.names)
 
 
 def test_small_assays_are_left_out_of_training_alone(data, tmp_path):
     splits = fsmol(**ASKED, data_root=tmp_path)
-    assert splits.train.assays == ("CHEMBL0", "CHEMBL2")
+    assert splits.train.names == ("CHEMBL0", "CHEMBL2")
     assert splits.train.describe()["left_out"] == 1
     assert splits.test.describe()["assays"] == 3
     with pytest.raises(
@@ -105,7 +105,7 @@ def test_episodes_go_through_all_assays_once_and_again(data, tmp_path):
     of = [int(np.searchsorted(data["offsets"], r[0], side="right")) - 1 for r in rows]
     assert of == [5, 6, 7, 5, 6, 7, 5]
     assert set(rows[1]) != set(rows[4])
-    assert eqx.tree_equal(episode(keys[1], jnp.uint32(1)), tasks.assay(1, keys[1]))
+    assert eqx.tree_equal(episode(keys[1], jnp.uint32(1)), tasks.member(1, keys[1]))
     assert tasks.describe()["order"] == "each assay in turn"
     free = fsmol(**ASKED, in_order=False, data_root=tmp_path).test
     assert eqx.tree_equal(free.episode(KEY, 2), free.sample(KEY))
@@ -136,7 +136,7 @@ def test_activities_are_standardised_by_the_support_alone(data, tmp_path):
 def test_activities_are_standardised_by_the_assay(data, tmp_path):
     tasks = fsmol(**ASKED, standardise="assay", data_root=tmp_path).test
     ends = np.cumsum(np.asarray(tasks.count))[:-1]
-    for part in np.split(np.asarray(tasks.y), ends):
+    for part in np.split(np.asarray(tasks.bank[1])[:, 0], ends):
         assert np.isclose(part.mean(), 0, atol=1e-5)
         assert np.isclose(part.std(), 1, atol=1e-5)
 
@@ -157,7 +157,7 @@ def test_assays_are_turned_so_that_more_is_more_active(tmp_path):
     how = {**ASKED, "standardise": "none", "data_root": tmp_path}
     turned, plain = fsmol(**how).test, fsmol(**how, orient=False).test
     for i, sign in enumerate((-1, 1, 1)):
-        a, b = turned.assay(i, KEY), plain.assay(i, KEY)
+        a, b = turned.member(i, KEY), plain.member(i, KEY)
         assert jnp.array_equal(a.query.y, sign * b.query.y)
         active = made["active"][rows_of(both(a).x)]
         y = both(a).y[:, 0]
@@ -172,7 +172,7 @@ def test_molecules_without_a_number_are_left_out_of_the_regression(tmp_path):
     tasks = fsmol(**ASKED, data_root=tmp_path).test
     assert tasks.count.tolist() == [8, 11, 11]
     for key in jax.random.split(KEY, 10):
-        task = both(tasks.assay(1, key))
+        task = both(tasks.member(1, key))
         assert np.isfinite(task.y).all()
         assert not set(rows_of(task.x)) & set(gone)
     labelled = fsmol(**ASKED, target="active", data_root=tmp_path).test
@@ -495,10 +495,10 @@ def test_real_assays(real_data):
         pytest.skip(f"no FS-Mol at {real_data / 'fsmol'}")
     splits = fsmol(data_root=real_data)
     tasks = splits.test
-    assert len(tasks.assays) == 157
-    assert not set(tasks.assays) & (set(splits.train.assays) | set(splits.val.assays))
+    assert len(tasks.names) == 157
+    assert not set(tasks.names) & (set(splits.train.names) | set(splits.val.names))
     data = assays.load(real_data)
-    assert set(tasks.assays) == set(data.task[data.split == "test"].tolist())
+    assert set(tasks.names) == set(data.task[data.split == "test"].tolist())
     task = eqx.filter_jit(tasks.episode)(KEY, jnp.uint32(156))
     assert task.support.x.shape == (16, 2048)
     assert task.query.y.shape == (64, 1)
@@ -508,4 +508,4 @@ def test_real_assays(real_data):
     assert np.allclose(y.mean(1), 0, atol=1e-4)
     assert np.median(y.std(1)) == pytest.approx(1, abs=1e-4)
     labels = fsmol(data_root=real_data, target="active").test
-    assert 0.3 < float(labels.y.mean()) < 0.6
+    assert 0.3 < float(labels.bank[1].mean()) < 0.6

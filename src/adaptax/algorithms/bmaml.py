@@ -72,7 +72,7 @@ class BayesianMAML(InnerLoop):
         eval_steps: steps that `adapt` takes; as many as the chaser if `None`.
         first_order: take the gradients of the log-posterior for constants (`stop_grad` in the
             code); those of the kernel are not.
-        remat: recompute inner steps in the backward pass: memory for time.
+        meta_gradient: how it goes back through the inner loop; see `adaptax.modes.parse`.
         adapt_only: a predicate on leaf paths choosing what is adapted, and so differs between
             particles; as in `MAML` if `None`.
 
@@ -94,7 +94,7 @@ class BayesianMAML(InnerLoop):
     spread: float = eqx.field(static=True, default=1.0)
     eval_steps: int | None = eqx.field(static=True, default=None)
     first_order: bool = eqx.field(static=True, default=False)
-    remat: bool = eqx.field(static=True, default=False)
+    meta_gradient: str = eqx.field(static=True, default="auto")
     adapt_only: tree.Predicate | None = eqx.field(static=True, default=None)
 
     def __check_init__(self) -> None:
@@ -141,7 +141,7 @@ class BayesianMAML(InnerLoop):
             nonempty(support, "support"),
             optimizer=optax.chain(svgd.stein(self.kernel), inner.sgd(rate)),
             first_order=self.first_order,
-            remat=self.remat,
+            meta_gradient=self.meta_gradient,
             adapt_only=tree.under("models"),
             **how,
         )

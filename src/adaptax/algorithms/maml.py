@@ -38,7 +38,7 @@ class MAML(InnerLoop):
         eval_steps: steps that `adapt` takes; as many as in training if `None`. The paper's codes
             take more.
         first_order: FOMAML.
-        remat: recompute inner steps in the backward pass: memory for time.
+        meta_gradient: how it goes back through the inner loop; see `adaptax.modes.parse`.
         adapt_only: a predicate on leaf paths choosing what is adapted, such as
             `adaptax.tree.under("head")`.
         inner_optimizer: any optax rule instead of gradient descent by `inner_lr`.
@@ -50,7 +50,7 @@ class MAML(InnerLoop):
     _: KW_ONLY
     eval_steps: int | None = eqx.field(static=True, default=None)
     first_order: bool = eqx.field(static=True, default=False)
-    remat: bool = eqx.field(static=True, default=False)
+    meta_gradient: str = eqx.field(static=True, default="auto")
     adapt_only: tree.Predicate | None = eqx.field(static=True, default=None)
     inner_optimizer: optax.GradientTransformation | None = eqx.field(static=True, default=None)
 
@@ -63,7 +63,7 @@ class MAML(InnerLoop):
             lr=None if self.inner_optimizer else self.inner_lr,
             optimizer=self.inner_optimizer,
             first_order=self.first_order,
-            remat=self.remat,
+            meta_gradient=self.meta_gradient,
             adapt_only=self.adapt_only,
             **how,
         )
@@ -119,6 +119,7 @@ class MetaSGD(InnerLoop):
         inner_lr: where every rate starts.
         inner_steps: number of steps, in training and in `adapt`.
         first_order: drop the Hessians. The rates are learned all the same.
+        meta_gradient: as in `MAML`.
         adapt_only: as in `MAML`.
     """
 
@@ -127,6 +128,7 @@ class MetaSGD(InnerLoop):
     inner_steps: int = eqx.field(static=True, default=1)
     _: KW_ONLY
     first_order: bool = eqx.field(static=True, default=False)
+    meta_gradient: str = eqx.field(static=True, default="auto")
     adapt_only: tree.Predicate | None = eqx.field(static=True, default=None)
 
     def init(self, model: Model, *, key: PRNGKeyArray) -> Meta:
@@ -141,6 +143,7 @@ class MetaSGD(InnerLoop):
             support,
             lr=meta["lr"],
             first_order=self.first_order,
+            meta_gradient=self.meta_gradient,
             adapt_only=self.adapt_only,
             **how,
         )

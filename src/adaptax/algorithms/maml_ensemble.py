@@ -35,7 +35,7 @@ class MAMLEnsemble(InnerLoop):
             drawn, also those that are not adapted.
         eval_steps: steps that `adapt` takes; as many as in training if `None`.
         first_order: FOMAML.
-        remat: recompute inner steps in the backward pass: memory for time.
+        meta_gradient: how it goes back through the inner loop; see `adaptax.modes.parse`.
         adapt_only: a predicate on leaf paths choosing what is adapted.
 
     Raises:
@@ -51,7 +51,7 @@ class MAMLEnsemble(InnerLoop):
     spread: float = eqx.field(static=True, default=1.0)
     eval_steps: int | None = eqx.field(static=True, default=None)
     first_order: bool = eqx.field(static=True, default=False)
-    remat: bool = eqx.field(static=True, default=False)
+    meta_gradient: str = eqx.field(static=True, default="auto")
     adapt_only: tree.Predicate | None = eqx.field(static=True, default=None)
 
     def __check_init__(self) -> None:
@@ -75,5 +75,5 @@ class MAMLEnsemble(InnerLoop):
 
     @property
     def _maml(self) -> MAML:
-        shared = ("loss", "inner_lr", "inner_steps", "first_order", "remat", "adapt_only")
+        shared = ("loss", "inner_lr", "inner_steps", "first_order", "meta_gradient", "adapt_only")
         return MAML(**{name: getattr(self, name) for name in shared})

@@ -72,7 +72,7 @@ class MAMLPlusPlus(InnerLoop):
         outer_lr_min: of Adam, at the end of the annealing.
         clip: bound on the entries of the meta-gradient but the rates'; 10 on miniImageNet.
         epochs: let the schedules move so many times in meta-training, as in the code.
-        remat: recompute inner steps in the backward pass: memory for time.
+        meta_gradient: how it goes back through the inner loop; see `adaptax.modes.parse`.
         adapt_only: as in `MAML`.
     """
 
@@ -94,7 +94,7 @@ class MAMLPlusPlus(InnerLoop):
     outer_lr_min: float = eqx.field(static=True, default=1e-5)
     clip: float | None = eqx.field(static=True, default=None)
     epochs: int | None = eqx.field(static=True, default=None)
-    remat: bool = eqx.field(static=True, default=False)
+    meta_gradient: str = eqx.field(static=True, default="auto")
     adapt_only: tree.Predicate | None = eqx.field(static=True, default=None)
 
     def __check_init__(self) -> None:
@@ -258,7 +258,7 @@ class MAMLPlusPlus(InnerLoop):
 
         return inner.run(
             self.loss, state, support, lr=rates, view=view, first_order=first_order,
-            remat=self.remat, adapt_only=chosen.__contains__, **how,
+            meta_gradient=self.meta_gradient, adapt_only=chosen.__contains__, **how,
         )  # fmt: skip
 
 

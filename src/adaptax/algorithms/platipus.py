@@ -64,7 +64,7 @@ class ProbabilisticMAML(InnerLoop):
         conditioning_steps: gradient steps from μ to the means of prior and inference.
         eval_steps: steps that `adapt` takes; as many as in training if `None`.
         first_order: take every gradient inside the meta-loss for a constant.
-        remat: recompute inner steps in the backward pass: memory for time.
+        meta_gradient: how it goes back through the inner loop; see `adaptax.modes.parse`.
         adapt_only: a predicate on leaf paths choosing what is adapted, and random.
         init_from: what μ starts from in place of the model that `init` is given; see there.
 
@@ -88,7 +88,7 @@ class ProbabilisticMAML(InnerLoop):
     conditioning_steps: int = eqx.field(static=True, default=1)
     eval_steps: int | None = eqx.field(static=True, default=None)
     first_order: bool = eqx.field(static=True, default=False)
-    remat: bool = eqx.field(static=True, default=False)
+    meta_gradient: str = eqx.field(static=True, default="auto")
     adapt_only: tree.Predicate | None = eqx.field(static=True, default=None)
     init_from: Model | Meta | None = None
 
@@ -180,7 +180,7 @@ class ProbabilisticMAML(InnerLoop):
             model,
             source,
             first_order=self.first_order,
-            remat=self.remat,
+            meta_gradient=self.meta_gradient,
             adapt_only=self.adapt_only,
             **{"lr": self.inner_lr, **how},
         )

@@ -130,7 +130,7 @@ class Train:
     mapping: Mapping = "auto"
     """how to map over tasks"""
     set: UseAppendAction[tuple[str, ...]] = ()
-    """any setting of the experiment, such as `--set learner.remat=true`"""
+    """any setting of the experiment, such as `--set learner.meta_gradient=forward`"""
     trust: UseAppendAction[tuple[str, ...]] = ()
     """a module of your own that the run to resume or to start from may import"""
     format: Format = "png"
@@ -337,7 +337,7 @@ class RecipesRun:
     minutes: OwnFloat = None
     """stop in time, with all saved: exit code 75, and the same command goes on"""
     set: UseAppendAction[tuple[str, ...]] = ()
-    """any setting of the experiment, such as `--set learner.remat=true`"""
+    """any setting of the experiment, such as `--set learner.meta_gradient=forward`"""
     trust: UseAppendAction[tuple[str, ...]] = ()
     """a module of your own that the recipe names and may import"""
     format: Format = "png"

@@ -21,7 +21,7 @@ from .episode import Scorer
 from .mapping import Mapping, chunk_size, everywhere, task_mesh
 from .report import Report
 from .scoring import Scores, Select
-from .work import NONE, Work, episodes_at_once
+from .work import NONE, Work, episodes_at_once, heavy
 
 PREDICTING = {"at": None, "transductive": True, "noise": 1.0, "scores": None, "select": None}
 """Arguments of `Evaluator` that say how predictions are scored, and their defaults."""
@@ -159,9 +159,14 @@ class Evaluator:
         size, facts, given = self._look(roles.deduplicate(meta), key, assumed)
         # The tail of the last chunk repeats the last episode, so that one program does for all.
         # An interrupt waits for the end of a chunk, so that few heavy episodes make one.
-        chunk = episodes_at_once(facts.get("work", NONE), size, self.episodes)
-        chunk += -chunk % jax.process_count()
-        mesh = task_mesh(chunk) if self.acting or processes.several() else None
+        episode = facts.get("work", NONE)
+        chunk = episodes_at_once(episode, size, self.episodes)
+        shares, count = self.acting or heavy(episode) or processes.several(), jax.process_count()
+        if not self.acting and heavy(episode):
+            devices = count * jax.local_device_count()
+            chunk += -chunk % devices if chunk > devices else 0
+        chunk += -chunk % count
+        mesh = task_mesh(chunk) if shares else None
         scorer, given = everywhere((self._scorer, given), mesh)
         jobs = (lambda s=s: self._load(s, chunk, key) for s in range(0, self.episodes, chunk))
         parts = []

@@ -78,10 +78,10 @@ def prefetch(tasks: TaskDistribution, jobs: Iterable[Callable[[], Any]]) -> Iter
 def _plan(
     tasks: HostTaskDistribution, key: PRNGKeyArray, episodes: Integer[Array, " *shape"]
 ) -> PyTree:
-    plan: Any = tasks.plan
+    plan: Any = tasks.plan_episode
     for _ in episodes.shape:
         plan = jax.vmap(plan)
-    return plan(_keys(tasks.split, key, episodes))
+    return plan(_keys(tasks.split, key, episodes), episodes)
 
 
 def _keys(split: str, key: PRNGKeyArray, episodes: Integer[Array, " *shape"]) -> Array:

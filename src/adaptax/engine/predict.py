@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .. import program, roles
+from ..beside import beside
 from ..conv import FastPath, fast
 from ..learner import Adapter, Ensemble, Meta
 from ..protocols import Noisy, Predictive
@@ -84,17 +85,21 @@ def _predict(
         with weighing(of_query):
             return call(model, x)
     with_one = None if of_support is None else jnp.append(of_support, 1)
-    axis = 1 if isinstance(model, Ensemble) else 0
 
-    def alone(one: PyTree) -> PyTree:
-        batch = jax.tree.map(lambda s, q: jnp.concatenate([s, q[None]]), support_x, one)
+    def one(batch: PyTree) -> PyTree:
         with weighing(with_one):
-            found = call(model, batch)
-        return jax.tree.map(lambda out: jnp.take(out, -1, axis=axis), found)
+            return call(model, batch)
 
     # Sixteen at a time bounds memory and keeps the matrix products large.
+    if not isinstance(model, Ensemble):
+        return beside(one, support_x, x, size=16)
+
+    def alone(one_x: PyTree) -> PyTree:
+        batch = jax.tree.map(lambda s, q: jnp.concatenate([s, q[None]]), support_x, one_x)
+        return jax.tree.map(lambda out: jnp.take(out, -1, axis=1), one(batch))
+
     each = jax.lax.map(alone, x, batch_size=16)
-    return jax.tree.map(lambda out: jnp.moveaxis(out, 0, axis), each)
+    return jax.tree.map(lambda out: jnp.moveaxis(out, 0, 1), each)
 
 
 def learned_noise(model: Model) -> Float[Array, "*particles"]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from .. import roles, tree
+from .. import modes, roles, tree
 from ..engine.mapping import Across, Mapping, chunk_size, map_over, sum_over
 from ..losses import Loss
 from ..task import Batch
@@ -96,7 +96,8 @@ class TRPO(OnRollOuts):
         def law(theta: Array, one: PyTree) -> PyTree:
             """The adapted policy's distribution of actions on D'."""
             one = eqx.combine(one, rest)
-            policy = adapt(learner, eqx.combine(unravel(theta), fixed), one)
+            with modes.forward_mode():
+                policy = adapt(learner, eqx.combine(unravel(theta), fixed), one)
             return roles.apply(policy, one.query.x)
 
         def loss(law: PyTree, one: PyTree) -> Array:

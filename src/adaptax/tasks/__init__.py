@@ -9,11 +9,13 @@ from adaptax.tasks.episodes import Episodes, StreamedEpisodes
 from adaptax.tasks.files import DataError
 from adaptax.tasks.finite_sinusoids import FiniteSinusoids, finite_sinusoids
 from adaptax.tasks.folder import folder
+from adaptax.tasks.from_tasks import from_tasks
 from adaptax.tasks.fsmol import FSMol, fsmol
 from adaptax.tasks.glyphs import glyphs
 from adaptax.tasks.lines import SinusoidOrLine, sinusoid_or_line
 from adaptax.tasks.mini_imagenet import mini_imagenet
 from adaptax.tasks.omniglot import omniglot
+from adaptax.tasks.ragged import RaggedTasks
 from adaptax.tasks.sinusoid import Sinusoid, sinusoid
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "Episodes",
     "FSMol",
     "FiniteSinusoids",
+    "RaggedTasks",
     "Sinusoid",
     "SinusoidOrLine",
     "StreamedAttributeTasks",
@@ -33,6 +36,7 @@ __all__ = [
     "finite_sinusoids",
     "folder",
     "from_arrays",
+    "from_tasks",
     "fsmol",
     "glyphs",
     "mini_imagenet",

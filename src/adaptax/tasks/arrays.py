@@ -138,14 +138,14 @@ def _described(inputs: PyTree) -> str:
 
 def _pair(what: str, x: PyTree, labels: Any) -> tuple[PyTree, np.ndarray]:
     """Return examples and labels, checked; memory-mapped arrays as they are."""
-    labels = _labels(what, labels)
+    labels = to_labels(what, labels)
     try:
-        leaves, structure = jax.tree_util.tree_flatten_with_path(x, is_leaf=_is_array)
+        leaves, structure = jax.tree_util.tree_flatten_with_path(x, is_leaf=is_array)
     except (TypeError, ValueError) as error:  # keys that have no order
         raise DataError(f"{what}: inputs cannot be put in order ({str(error)[:100]})") from None
-    single = _is_array(x)
+    single = is_array(x)
     names = [what if single else f"{what}/{path_name(path)}" for path, _ in leaves]
-    arrays = [_array(name, leaf) for name, (_, leaf) in zip(names, leaves)]
+    arrays = [to_array(name, leaf) for name, (_, leaf) in zip(names, leaves)]
     shapes = [array.shape for array in arrays]
     fit = all(len(shape) > single and shape[:1] == labels.shape for shape in shapes)
     if not shapes or not fit:
@@ -159,20 +159,21 @@ def _pair(what: str, x: PyTree, labels: Any) -> tuple[PyTree, np.ndarray]:
             "one or more examples, each of one or more numbers"
         )
     for name, array in zip(names, arrays):
-        _check_values(name, array)
+        check_values(name, array)
     if single and arrays[0].dtype == bool:
         arrays = [arrays[0].astype(np.float32)]
     return jax.tree.unflatten(structure, arrays), labels
 
 
-def _is_array(value: Any) -> bool:
+def is_array(value: Any) -> bool:
     """Return whether this is one array, or a pytree of inputs."""
     if isinstance(value, tuple):
         return not any(hasattr(each, "shape") for each in value)
     return isinstance(value, list | str | bytes) or hasattr(value, "__array__")
 
 
-def _array(what: str, value: Any) -> np.ndarray:
+def to_array(what: str, value: Any) -> np.ndarray:
+    """Return an array of what is one, masks refused; memory-mapped as it is."""
     try:
         array = value if isinstance(value, np.memmap | np.ma.MaskedArray) else np.asarray(value)
     except Exception as error:  # of any library
@@ -188,11 +189,12 @@ def _array(what: str, value: Any) -> np.ndarray:
     return array
 
 
-def _labels(what: str, labels: Any) -> np.ndarray:
+def to_labels(what: str, labels: Any) -> np.ndarray:
+    """Return labels as an array of one kind, none missing."""
     if isinstance(labels, list | tuple):  # as they are: NumPy would make 1 and "1" the same text
         array = np.fromiter(labels, object, len(labels))
     else:
-        array = _array(f"labels of {what}", labels)
+        array = to_array(f"labels of {what}", labels)
     if array.dtype.kind == "T":
         array = array.astype(object)
     if array.dtype.kind not in "iubUSO":
@@ -220,7 +222,7 @@ def _kind(label: Any) -> str:
     return "integers" if isinstance(label, int | np.integer | np.bool_) else ""
 
 
-def _check_values(what: str, array: np.ndarray) -> None:
+def check_values(what: str, array: np.ndarray) -> None:
     """Raise DataError for numbers that are not finite or that the device does not hold."""
     try:
         to = kept(array.dtype)

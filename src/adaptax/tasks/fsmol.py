@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32, Integer, PRNGKeyArray, Shaped, UInt8
+from jaxtyping import Bool, Float
 
-from adaptax.task import Splits, Task, TaskDistribution
+from adaptax.task import Splits
 from adaptax.tasks import bank
 from adaptax.tasks.assays import FOLDS, load
-from adaptax.tasks.episodes import Details, distinct
+from adaptax.tasks.episodes import Details
 from adaptax.tasks.files import DataError, data_folder
+from adaptax.tasks.ragged import Draw, RaggedTasks
 
 TARGETS = ("activity", "active")
 SCALES = ("support", "assay", "none")
@@ -25,90 +23,8 @@ LEAST_SPREAD = 0.1
 cannot measure, and a support of such values has no spread."""
 
 
-class FSMol(TaskDistribution):
-    """Assays of one split: x are fingerprints of molecules, y what the assay measured of them.
-
-    The fingerprints stay packed on the device, eight bits a byte; x is 0 or 1, `(n, 2048)`.
-
-    Args:
-        bank: packed fingerprints, assay by assay.
-        y: activities, float, or labels, int32; assay by assay.
-        start: first row of every assay.
-        count: rows of every assay.
-        shot: support molecules.
-        query: query molecules.
-        split: `"train"`, `"val"` or `"test"`.
-        standardise: `"support"`, `"assay"` or `"none"`; see `fsmol`.
-        in_order: whether episode i is assay i, or one at random.
-        assays: names of the assays.
-        details: what else a report says of the data, as pairs.
-    """
-
-    bank: UInt8[Array, "rows bytes"]
-    y: Shaped[Array, " rows"]
-    start: Int32[Array, " assays"]
-    count: Int32[Array, " assays"]
-    shot: int = eqx.field(static=True)
-    query: int = eqx.field(static=True)
-    split: str = eqx.field(static=True)
-    standardise: str = eqx.field(static=True)
-    in_order: bool = eqx.field(static=True)
-    assays: tuple[str, ...] = eqx.field(static=True)
-    details: Details = eqx.field(static=True, default=())
-
-    def assay(self, i: int | Integer[Array, ""], key: PRNGKeyArray) -> Task:
-        """Return a task of assay `i`: the key names which of its molecules, none of them twice.
-
-        x is `(shot, bits)` and `(query, bits)`; y is `(n, 1)` for activities, `(n,)` for labels.
-        """
-        rows = self.start[i] + distinct(key, self.shot + self.query, self.count[i])
-        x = jnp.unpackbits(self.bank[rows], axis=-1).astype(float)
-        y = self.y[rows]
-        if jnp.issubdtype(y.dtype, jnp.floating):
-            y = y.astype(float)[:, None]
-            if self.standardise == "support":
-                seen = y[: self.shot]
-                y = (y - jnp.mean(seen)) / jnp.maximum(jnp.std(seen), LEAST_SPREAD)
-        return Task.cut(x, y, self.shot)
-
-    def sample(self, key: PRNGKeyArray) -> Task:
-        """Return the task that this key names, of any assay, each as likely."""
-        for_assay, for_rows = jax.random.split(key)
-        which = jax.random.randint(for_assay, (), 0, len(self.assays), jnp.int32)
-        return self.assay(which, for_rows)
-
-    def episode(self, key: PRNGKeyArray, i: int | Integer[Array, ""]) -> Task:
-        """Return episode `i` of a stream, whose own key is `key`: assay `i`, if they come in order.
-
-        As many episodes as assays are each assay once; with more of them it starts again, with
-        other molecules.
-        """
-        return self.assay(i % len(self.assays), key) if self.in_order else self.sample(key)
-
-    def scores(
-        self, predictions: Float[Array, "*particles n ways"], targets: Shaped[Array, "n ..."]
-    ) -> dict[str, Float[Array, ""]]:
-        """Return what `evaluate` adds: `r2 = 1 − Σ(y − f)² / Σ(y − ȳ)²`, f the mean prediction.
-
-        ȳ is the mean of the *support*, 0 in its units: what one would predict without looking at
-        molecules (R² out of sample). Only for targets that are standardised by the support.
-        """
-        if self.standardise != "support" or not jnp.issubdtype(targets.dtype, jnp.floating):
-            return {}
-        mean = predictions if predictions.ndim == targets.ndim else jnp.mean(predictions, axis=0)
-        return {"r2": 1 - jnp.sum((targets - mean) ** 2) / jnp.sum(targets**2)}
-
-    def describe(self) -> dict[str, Any]:
-        """Return name, split, shots, queries, number of assays and details of the data."""
-        return {
-            "tasks": "fsmol",
-            "split": self.split,
-            "shot": self.shot,
-            "query": self.query,
-            "assays": len(self.assays),
-            "order": "each assay in turn" if self.in_order else "at random",
-            **dict(self.details),
-        }
+FSMol = RaggedTasks
+"""Assays had a class of their own."""
 
 
 def fsmol(
@@ -192,17 +108,24 @@ def fsmol(
         details: Details = (("left_out", left_out), ("target", target))
         if target == "activity":
             details += (("standardise", standardise), ("orient", orient))
-        return FSMol(
-            bank=jnp.asarray(data.fingerprint_bits[index]),
-            y=jnp.asarray(y[index]),
+        return RaggedTasks(
+            bank=(
+                jnp.asarray(data.fingerprint_bits[index]),
+                jnp.asarray(y[index][:, None] if target == "activity" else y[index]),
+                None,
+            ),
             start=jnp.asarray(np.cumsum(count, dtype=np.int32) - count),
             count=jnp.asarray(count),
-            shot=design.shot,
-            query=design.query,
+            label=None,
+            draw=Draw(design.shot, design.query, int(count.max()), full=True),
             split=split,
-            standardise=standardise,
+            name="fsmol",
+            names=tuple(rows),
+            standardise="support" if standardise == "support" else "none",
+            least_spread=LEAST_SPREAD,
             in_order=in_order and split != "train",
-            assays=tuple(rows),
+            unit="assays",
+            packed=True,
             details=details,
         )
 
