@@ -34,6 +34,7 @@ from .algorithms.prototypes import PrototypicalNetwork
 from .algorithms.reptile import Reptile
 from .algorithms.shared_head import SharedHead
 from .engine.augment import Augmentation
+from .engine.conformal import conformal
 from .engine.evaluate import Evaluator, evaluate
 from .engine.extract import extract
 from .engine.mapping import meta_value_and_grad
@@ -73,6 +74,7 @@ __all__ = [
     "Batched",
     "BayesianMAML",
     "CheckpointEnsemble",
+    "Conformal",
     "ContextAdaptation",
     "Ensemble",
     "Evaluator",
@@ -106,6 +108,7 @@ __all__ = [
     "TaskDistribution",
     "TrainingDiverged",
     "batch_norm",
+    "conformal",
     "conv",
     "distributed",
     "evaluate",

@@ -38,7 +38,7 @@ def classification(
     * `brier`: `Σ_c (p_c − [y = c])²`, between 0 and 2.
     * `bins`: `(BINS, 3)`: queries, summed confidence and summed correctness by confidence.
     """
-    log_p = _mixture(logits)
+    log_p = mixture(logits)
     p = jnp.exp(log_p)
     right = (jnp.argmax(log_p, axis=-1) == labels).astype(p.dtype)
     confidence = jnp.max(p, axis=-1)
@@ -67,7 +67,7 @@ def uncertainty(
     * `epistemic`, for ensembles only: the second, the mutual information between the class and
       the particle: 0 where all predict the same, at most log M.
     """
-    log_p = _mixture(logits)
+    log_p = mixture(logits)
     out = {"entropy": average(_entropy(log_p), weight)}
     if logits.ndim == 3 and len(logits) > 1:
         each = jax.nn.log_softmax(wide(logits))
@@ -210,7 +210,7 @@ def calibration_error(bins: Float[Array, "bins 3"]) -> float:
     return float(jnp.sum(jnp.abs(right - confidence)) / jnp.maximum(jnp.sum(count), 1.0))
 
 
-def _mixture(logits: Float[Array, "*particles n way"]) -> Float[Array, "n way"]:
+def mixture(logits: Float[Array, "*particles n way"]) -> Float[Array, "n way"]:
     """Log-probabilities of the mixture."""
     log_p = jax.nn.log_softmax(wide(logits))
     if log_p.ndim == 3:

@@ -168,7 +168,7 @@ class Evaluator:
         chunk += -chunk % count
         mesh = task_mesh(chunk) if shares else None
         scorer, given = everywhere((self._scorer, given), mesh)
-        jobs = (lambda s=s: self._load(s, chunk, key) for s in range(0, self.episodes, chunk))
+        jobs = (lambda s=s: self.load(s, chunk, key) for s in range(0, self.episodes, chunk))
         parts = []
         for loaded in feed.prefetch(self.tasks, jobs):
             if mesh is not None and processes.several():
@@ -245,7 +245,8 @@ class Evaluator:
             **rates,
         }
 
-    def _load(self, start: int, chunk: int, key: PRNGKeyArray) -> tuple[PyTree, Array]:
+    def load(self, start: int, chunk: int, key: PRNGKeyArray) -> tuple[PyTree, Array]:
+        """Return what a program needs of some episodes, and their keys; the last one repeats."""
         them = np.minimum(np.arange(start, start + chunk), self.episodes - 1)
         index = jnp.asarray(them[processes.own(chunk)], jnp.uint32)
         return feed.load(self.tasks, key, index), program.call(_keys, key, index)
