@@ -34,7 +34,7 @@ from .algorithms.prototypes import PrototypicalNetwork
 from .algorithms.reptile import Reptile
 from .algorithms.shared_head import SharedHead
 from .engine.augment import Augmentation
-from .engine.conformal import conformal
+from .engine.conformal import Conformal, conformal
 from .engine.evaluate import Evaluator, evaluate
 from .engine.extract import extract
 from .engine.mapping import meta_value_and_grad
