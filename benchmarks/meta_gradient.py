@@ -224,9 +224,11 @@ def main():
                 for unit in ("seconds", "cpu_seconds"):
                     row[unit] = None if row.get("too_large") else row[unit] / calls
                 results.append(row)
+            if args.json:
+                save(args.json, results, peak)
     measure.table(
         "A meta-gradient of one task, second order",
-        ["model", "steps", "mode", "ms", "processor ms", "temporary MB", "peak MB", "compile s"],
+        ["model", "steps", "mode", "ms", "core-ms", "temporary MB", "peak MB", "compile s"],
         [
             (r["model"], r["steps"], r["mode"],
              *("-" if r[unit] is None else 1e3 * r[unit] for unit in ("seconds", "cpu_seconds")),
@@ -234,14 +236,16 @@ def main():
             for r in results
         ],
     )  # fmt: skip
-    if args.json:
-        path = Path(args.json)
-        old = json.loads(path.read_text())["results"] if path.exists() else []
-        now = {(r["model"], r["steps"], r["mode"]) for r in results}
-        kept = [r for r in old if (r["model"], r["steps"], r["mode"]) not in now]
-        order = {name: i for i, name in enumerate(MODELS)}
-        every = sorted(kept + results, key=lambda r: (order[r["model"]], r["steps"]))
-        measure.save(args.json, matmul_peak_gflops=round(peak, 1), results=every)
+
+
+def save(path, results, peak):
+    """Keep the rows of other configurations that are there."""
+    old = json.loads(Path(path).read_text())["results"] if Path(path).exists() else []
+    now = {(r["model"], r["steps"], r["mode"]) for r in results}
+    kept = [r for r in old if (r["model"], r["steps"], r["mode"]) not in now]
+    order = [list(MODELS), list(MODES)]
+    place = lambda r: (order[0].index(r["model"]), r["steps"], order[1].index(r["mode"]))  # noqa: E731
+    measure.save(path, matmul_peak_gflops=round(peak, 1), results=sorted(kept + results, key=place))
 
 
 if __name__ == "__main__":

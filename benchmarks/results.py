@@ -450,6 +450,39 @@ def memory() -> list[list[str]]:
     return found
 
 
+def short(value: float) -> str:
+    """A number with three digits, or all before its point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+@table("modes", "meta_gradient")
+def modes() -> list[list[str]]:
+    """Milliseconds, and megabytes of temporaries, in every mode; in bold what `"auto"` takes."""
+    found = load("meta_gradient")["results"]
+    names = {
+        "mlp": "MLP of the sinusoids", "conv4-28": "conv4, 28×28",
+        "conv4-84": "conv4-32, 84×84", "lstm": "LSTM, 64 steps",
+        "transformer": "transformer, 1.0 M, 256 tokens",
+    }  # fmt: skip
+    order = list(dict.fromkeys(row["mode"] for row in found))
+    lines = [["", "inner steps", *(f"`{mode}`" for mode in order)]]
+    for name, title in names.items():
+        for steps in sorted({row["steps"] for row in found if row["model"] == name}):
+            own = {r["mode"]: r for r in found if (r["model"], r["steps"]) == (name, steps)}
+            cells = []
+            for mode in order:
+                row = own.get(mode)
+                if row is None:
+                    cells.append("")
+                    continue
+                seconds = row["seconds"]
+                time = "not run" if seconds is None else f"{short(1e3 * seconds)} ms"
+                text = f"{time}, {short(row['temporary_mb'])} MB"
+                cells.append(f"**{text}**" if row["auto"] == mode else text)
+            lines.append([title, str(steps), *cells])
+    return lines
+
+
 @table("headline")
 def headline() -> list[list[str]]:
     """What the README shows: a line for each kind of task."""

@@ -90,7 +90,6 @@ def run(
     state: PyTree = None,
     first_order: bool = False,
     meta_gradient: str = "auto",
-    remat: bool = False,
     adapt_only: tree.Predicate | None = None,
     keep_path: bool = False,
     view: Callable[[PyTree, Any], Model] | None = None,
@@ -110,7 +109,6 @@ def run(
         first_order: treat the inner gradients as constants. No second-order graph is built.
         meta_gradient: how the steps are differentiated, such as `"forward"` or
             `"reverse, checkpoint=4, truncate=16"`; see `adaptax.modes.parse`.
-        remat: the same as `"checkpoint=1"`.
         adapt_only: which leaves to adapt; see `adaptax.tree.adaptable`.
         keep_path: also keep the model after every step.
         view: the model as step `i` sees it, `view(model, i)`, differentiable; for what changes
@@ -162,7 +160,7 @@ def run(
         return (params, state), params if keep_path else None
 
     carry = (start, rule.init(start) if state is None else state)
-    carry, path = _along(step, carry, steps, mode, remat)
+    carry, path = _along(step, carry, steps, mode)
     params, state = carry
     if keep_path:
         path = jax.tree.map(lambda s, p: jnp.concatenate([s[None], p]), start, path)
@@ -174,16 +172,15 @@ def run(
 
 
 def _along(
-    step: Callable[..., Any], carry: PyTree, steps: int, mode: modes.Mode, remat: bool
+    step: Callable[..., Any], carry: PyTree, steps: int, mode: modes.Mode
 ) -> tuple[PyTree, PyTree]:
     """Take all steps, of which those before the last `mode.truncate` are told so."""
-    checkpoint = 1 if remat and mode.checkpoint is None else mode.checkpoint
     if mode.truncate is None or mode.truncate >= steps:
-        return modes.scan(step, carry, 0, steps, checkpoint)
+        return modes.scan(step, carry, 0, steps, mode.checkpoint)
     cut = steps - mode.truncate
     early = functools.partial(step, truncated=True)
     carry, path = modes.scan(early, carry, 0, cut, None)
-    carry, rest = modes.scan(step, carry, cut, steps, checkpoint)
+    carry, rest = modes.scan(step, carry, cut, steps, mode.checkpoint)
     return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), path, rest)
 
 

@@ -57,7 +57,7 @@ class ContextAdaptation(InnerLoop):
         learn_lr: meta-learn a rate for every variable of the context.
         eval_steps: steps that `adapt` takes; as many as in training if `None`.
         first_order: take inner gradients for constants.
-        remat: recompute inner steps in the backward pass: memory for time.
+        meta_gradient: how it goes back through the inner loop; see `adaptax.modes.parse`.
         inner_optimizer: any optax rule instead of gradient descent by `inner_lr`.
 
     Raises:
@@ -75,7 +75,7 @@ class ContextAdaptation(InnerLoop):
     learn_lr: bool = eqx.field(static=True, default=False)
     eval_steps: int | None = eqx.field(static=True, default=None)
     first_order: bool = eqx.field(static=True, default=False)
-    remat: bool = eqx.field(static=True, default=False)
+    meta_gradient: str = eqx.field(static=True, default="auto")
     inner_optimizer: optax.GradientTransformation | None = eqx.field(static=True, default=None)
 
     def __check_init__(self) -> None:
@@ -131,7 +131,7 @@ class ContextAdaptation(InnerLoop):
             lr=None if self.inner_optimizer else lr,
             optimizer=self.inner_optimizer,
             first_order=self.first_order,
-            remat=self.remat,
+            meta_gradient=self.meta_gradient,
             adapt_only=tree.under("context"),
             **how,
         )

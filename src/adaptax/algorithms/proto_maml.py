@@ -48,7 +48,7 @@ class ProtoMAML(InnerLoop):
         first_order: take inner gradients for constants.
         stop_prototypes: take the head that the inner loop starts from for a constant.
         multiplier: of the prototypes, before the head is made.
-        remat: recompute inner steps in the backward pass: memory for time.
+        meta_gradient: how it goes back through the inner loop; see `adaptax.modes.parse`.
         adapt_only: a predicate on the paths of the adapted model, which are below `"body"` and
             `"head"`, choosing what is adapted: `adaptax.tree.under("head")` adapts the head alone.
         inner_optimizer: any optax rule instead of gradient descent by `inner_lr`.
@@ -68,7 +68,7 @@ class ProtoMAML(InnerLoop):
     first_order: bool = eqx.field(static=True, default=False)
     stop_prototypes: bool = eqx.field(static=True, default=False)
     multiplier: float = eqx.field(static=True, default=1.0)
-    remat: bool = eqx.field(static=True, default=False)
+    meta_gradient: str = eqx.field(static=True, default="auto")
     adapt_only: tree.Predicate | None = eqx.field(static=True, default=None)
     inner_optimizer: optax.GradientTransformation | None = eqx.field(static=True, default=None)
 
@@ -106,7 +106,7 @@ class ProtoMAML(InnerLoop):
             lr=None if self.inner_optimizer else self.inner_lr,
             optimizer=self.inner_optimizer,
             first_order=self.first_order,
-            remat=self.remat,
+            meta_gradient=self.meta_gradient,
             adapt_only=self.adapt_only,
             **how,
         )
