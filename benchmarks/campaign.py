@@ -100,7 +100,7 @@ class Campaign:
             core_hours=round(state.cpu_seconds / 3600, 3),
             wall_hours=round(state.wall_seconds / 3600, 3),
             commits=state.commits,
-            said=state.said,
+            said=state.said.replace(f"{self.out}/", ""),
             curve=self._curve(job),
             result=self._result(job),
         )

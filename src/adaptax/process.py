@@ -137,6 +137,20 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         restore()
 
 
+def is_locked(folder: Path) -> bool:
+    """Return whether a process has locked a folder; false where that cannot be told."""
+    if fcntl is None:
+        return False
+    try:
+        with (folder / ".lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def lock(folder: Path) -> Callable[[], None]:
     """Lock a folder for this process, until the function that is returned is called.
 

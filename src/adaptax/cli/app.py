@@ -32,6 +32,8 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "predict": (commands.Predict, "inspection:predict"),
     "pretrain": (commands.Pretrain, "extractor:pretrain"),
     "embed": (commands.Embed, "extractor:embed"),
+    "runs": (commands.Runs, "runs:show"),
+    "sweep": (commands.Sweep, "sweep:sweep"),
     "recipes list": (commands.RecipesList, "cookbook:show_all"),
     "recipes show": (commands.RecipesShow, "cookbook:show"),
     "recipes run": (commands.RecipesRun, "training:run_recipe"),

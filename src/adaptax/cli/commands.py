@@ -353,6 +353,73 @@ class RecipesRun:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Train a recipe many times with other settings, and find those that validate best.
+
+    The same command, started on several machines or several times, has as many workers: they share
+    the trials by the storage. Optuna proposes the settings (pip install 'adaptax[sweep]') and ends
+    trials whose validation is below the median. A trial whose worker died is gone on with. No test
+    is looked at. Writes a run folder for each trial, sweep.json, table.csv, sweep.png and
+    best.toml, for `adaptax recipes run`.
+
+    For example:
+      adaptax sweep maml-sinusoid --over learner.inner_lr=0.001..0.1 --steps 2000
+      adaptax sweep my.toml --over learner.inner_steps=1..5 --over 'network.mlp=[40,40]|[80,80]'
+    """
+
+    name: Positional[str]
+    """of the recipe, or a TOML file with one of your own"""
+    over: UseAppendAction[tuple[str, ...]] = ()
+    """what to try: section.name=low..high, or section.name=one|another"""
+    trials: Size = 20
+    """how many, of all workers"""
+    seeds: Size = 1
+    """trainings of each trial, whose mean counts"""
+    steps: OwnCount = None
+    """meta-steps, if not the recipe's"""
+    set: UseAppendAction[tuple[str, ...]] = ()
+    """any setting of the experiment, the same in all trials"""
+    validate_every: OwnCount = None
+    """meta-steps between validations, else a tenth of all"""
+    storage: Word = None
+    """URL of a database, such as sqlite:///sweep.db, else the file trials.log in the folder"""
+    data_root: Word = None
+    """folder of the data sets, else ADAPTAX_DATA, else the user's cache"""
+    path: Word = None
+    """the images or embeddings of a recipe on the task families `folder` and `embeddings`"""
+    out: Word = None
+    """folder to write, else runs/sweep-NAME"""
+    trust: UseAppendAction[tuple[str, ...]] = ()
+    """a module of your own that the recipe names and may import"""
+    minutes: OwnFloat = None
+    """stop in time, with all saved: exit code 75, and the same command goes on"""
+    format: Format = "png"
+    """of figures, beside PNG"""
+    json: Flag = False
+    """print all trials as JSON"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """List the runs below folders: state, meta-steps, score and experiment; or compare them.
+
+    A run is running while a process works on its folder, done once it is tested, stopped if it can
+    go on. The score is that of the test, else the last one of validation.
+
+    For example:
+      adaptax runs
+      adaptax runs runs/a runs/b --compare
+    """
+
+    folders: Positional[tuple[str, ...]] = ()
+    """folders to look below; runs if not given"""
+    compare: Flag = False
+    """print the settings that are not the same in all runs, side by side"""
+    json: Flag = False
+    """print what is known of each run as JSON"""
+
+
+@dataclasses.dataclass(frozen=True)
 class Predict:
     """Label images by a few examples: adapt a run to the folders of one, predict the other.
 

@@ -5,6 +5,7 @@ from .plots import ablation, comparison, learning_curve
 from .predictions import adaptation, adaptations, episode_sheet
 from .returns import returns_by_step, trajectories
 from .style import save
+from .sweeps import sweep
 from .tables import (
     Mean,
     Sheet,
@@ -40,5 +41,6 @@ __all__ = [
     "sampled_functions",
     "save",
     "summary",
+    "sweep",
     "trajectories",
 ]
