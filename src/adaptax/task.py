@@ -315,11 +315,13 @@ class Splits(eqx.Module):
         train: what meta-training samples from.
         val: what model selection samples from.
         test: what is reported; selecting on it is an error.
+        preparation: what makes inputs of further rows, of tables: `adaptax.tasks.Preparation`.
     """
 
     train: TaskDistribution
     val: TaskDistribution
     test: TaskDistribution
+    preparation: Any = eqx.field(static=True, default=None)
 
     @classmethod
     def of(cls, make: Callable[[str], TaskDistribution]) -> Splits:

@@ -104,15 +104,18 @@ def test_unseen_values_of_few_categories_are_zero():
 
 def test_saved_and_loaded_it_is_the_same(tmp_path):
     for encoding in ("onehot", "embedding"):
-        fit = fitted(DATA, encoding=encoding, standardise_targets=True)
+        units = {"centre": np.full(1, 4 / 3), "spread": np.full(1, 0.5)}
+        fit = fitted(DATA, encoding=encoding, **units, least=0.2)
+        assert fit.least == 0.2
         fit.save(tmp_path / preparation.FILE)
         again = preparation.Preparation.load(tmp_path / preparation.FILE)
         one, two = fit.inputs(DATA), again.inputs(DATA)
         for a, b in zip(*(v.values() if isinstance(v, dict) else [v] for v in (one, two))):
             np.testing.assert_array_equal(a, b)
         np.testing.assert_array_equal(fit.targets(DATA), again.targets(DATA))
-        y = fit.targets(DATA)[[0, 1, 3], 0]
-        np.testing.assert_allclose([y.mean(), y.std()], [0, 1], atol=1e-6)
+        np.testing.assert_allclose(
+            fit.targets(DATA)[:, 0], np.array([-5, 1, np.nan, 4]) / 3, rtol=1e-6
+        )
     from adaptax import io
 
     io.save(tmp_path / "other.safetensors", {"a": np.zeros(2)})
@@ -143,8 +146,11 @@ def test_bad_columns_are_one_sentence_each():
     table = {"assay": ["a"] * 31, "x": text, "y": [0.0] * 31}
     bad("all but 1 of its 31 values are numbers, such as 'n.a.'", table, features=["x"])
     assert fitted(table, features=["x"], categories=["x"]).kinds == {"x": "category"}
-    bad("decimal comma, such as '1,5'", {**table, "x": ["1,5", "2,5", "3,5"] + ["4,1"] * 28},
-        features=["x"])  # fmt: skip
+    bad(
+        "decimal comma, such as '1,5'",
+        {**table, "x": ["1,5", "2,5", "3,5"] + ["4,1"] * 28},
+        features=["x"],
+    )
     bad("values of type list", pandas.DataFrame({**DATA, "x1": [[1], [2], [3], [4]]}))
     double = pandas.DataFrame(np.ones((2, 2)), columns=["a", "a"])
     bad("several columns of one name", double)

@@ -15,8 +15,10 @@ from adaptax.tasks.glyphs import glyphs
 from adaptax.tasks.lines import SinusoidOrLine, sinusoid_or_line
 from adaptax.tasks.mini_imagenet import mini_imagenet
 from adaptax.tasks.omniglot import omniglot
+from adaptax.tasks.preparation import Preparation
 from adaptax.tasks.ragged import RaggedTasks
 from adaptax.tasks.sinusoid import Sinusoid, sinusoid
+from adaptax.tasks.table import table
 
 __all__ = [
     "AttributeTasks",
@@ -25,6 +27,7 @@ __all__ = [
     "Episodes",
     "FSMol",
     "FiniteSinusoids",
+    "Preparation",
     "RaggedTasks",
     "Sinusoid",
     "SinusoidOrLine",
@@ -44,4 +47,5 @@ __all__ = [
     "score_readings",
     "sinusoid",
     "sinusoid_or_line",
+    "table",
 ]

@@ -178,15 +178,30 @@ def date_parts(column: Any) -> Float[np.ndarray, "n parts"]:
     return np.concatenate([days[:, None], angles], axis=1)
 
 
+def is_number(text: str) -> bool:
+    """Return whether a text is one of a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _read(path: Path, where: str) -> Any:
     """Return the content of a file as a PyArrow table."""
     if not path.is_file():
         said = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"{where} {said}; expected a CSV, Parquet or Arrow file")
     readers: dict[str, Callable[[Path], Any]] = {
-        ".csv": _read_csv, ".tsv": _read_csv, ".txt": _read_csv, ".parquet": _read_parquet,
-        ".pq": _read_parquet, ".arrow": _read_arrow, ".feather": _read_arrow, ".ipc": _read_arrow,
-    }  # fmt: skip
+        ".csv": _read_csv,
+        ".tsv": _read_csv,
+        ".txt": _read_csv,
+        ".parquet": _read_parquet,
+        ".pq": _read_parquet,
+        ".arrow": _read_arrow,
+        ".feather": _read_arrow,
+        ".ipc": _read_arrow,
+    }
     read = readers.get(path.suffix.lower())
     if read is None:
         raise DataError(
@@ -269,7 +284,7 @@ def _from_dict(values: dict[Any, Any]) -> Any:
 def _check_text(column: Any, name: str) -> None:
     """Raise DataError for a column of text that holds numbers but for a few values."""
     values = list(dict.fromkeys(value for value in column.to_list() if not _missing(value)))
-    others = [value for value in values if not _is_number(value)]
+    others = [value for value in values if not is_number(value)]
     if len(values) >= 3 and len(others) <= len(values) / 10:
         why = f"such as {shown(others[0], 40)!r}" if others else "written as text"
         raise DataError(
@@ -277,7 +292,7 @@ def _check_text(column: Any, name: str) -> None:
             f"are numbers, {why}; leave what is missing empty and write numbers as numbers, or "
             "name the column in categories="
         )
-    commas = [value for value in values if _is_number(value.replace(",", ".", 1))]
+    commas = [value for value in values if is_number(value.replace(",", ".", 1))]
     if len(values) >= 3 and len(commas) > len(values) / 2 and len(others) == len(values):
         raise DataError(
             f"column {shown(name)!r} has numbers with a decimal comma, such as "
@@ -317,14 +332,6 @@ def _kind_of_object(value: Any) -> str:
         if isinstance(value, bool | int | float) or hasattr(value, "__float__")
         else ("other")
     )
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _missing(value: Any) -> bool:

@@ -59,6 +59,8 @@ class Preparation:
         classes: of a classification, in the order of their labels; `None` of a regression.
         centre: subtracted from every target.
         spread: by which it is divided then.
+        least: of the spread by which the targets of a task's support are divided, the smallest
+            that counts, in these units; 0 where the support is not asked.
         others: columns that no input is made of.
     """
 
@@ -76,6 +78,7 @@ class Preparation:
     classes: Sequence[str] | None
     centre: Float[np.ndarray, " targets"]
     spread: Float[np.ndarray, " targets"]
+    least: float
     others: Sequence[str]
 
     @property
@@ -91,19 +94,21 @@ class Preparation:
             return ()
         return tuple(len(levels) + 1 for levels in self.levels.values())
 
-    def inputs(self, table: Any) -> Inputs:
+    def inputs(self, table: Any, *, quiet: bool = False) -> Inputs:
         """Return the inputs of rows, `(n, width)`, and with embeddings `{"numbers", "categories"}`.
 
         Args:
             table: see `adaptax.tasks.frames.frame_of`.
+            quiet: warn neither of further columns, nor of values that training would not expect.
 
         Raises:
             DataError: if columns are missing or of another type than in training.
         """
         frame = frames.frame_of(table)
-        self._check_columns(frame)
+        _need(frame.columns, self.kinds, "features")
         values = {name: _numbers(frame, name, kind) for name, kind in self._parts()}
-        self._warn(frame, values)
+        if not quiet:
+            self._warn(frame, values)
         columns = _joined(values.values(), len(frame))
         standard = (columns - self.mean) / self.scale
         flags = [np.isnan(v[:, :1]) for v, gap in zip(values.values(), self.gaps) if gap]
@@ -140,8 +145,8 @@ class Preparation:
             )
         return np.array([-1 if v is None else index[v] for v in found], np.int32)
 
-    def rows(self, table: Any) -> dict[str, Int[np.ndarray, " rows"]]:
-        """Return the rows of every task by its name, in order of time if there is one."""
+    def rows(self, table: Any) -> dict[str, Int[np.ndarray, " _"]]:
+        """Return the rows of every task by its name."""
         frame = frames.frame_of(table)
         return rows_of(frame, self.task)
 
@@ -171,8 +176,8 @@ class Preparation:
     def _parts(self) -> list[tuple[str, str]]:
         return [(name, kind) for name, kind in self.kinds.items() if kind != "category"]
 
-    def _check_columns(self, frame: Any) -> None:
-        _need(frame.columns, self.kinds, "features")
+    def _warn(self, frame: Any, values: Mapping[str, np.ndarray]) -> None:
+        """Warn of further columns, numbers far out of the range of training, and new gaps."""
         own = {self.task, *self.target, self.order, *self.kinds, *self.others}
         if extra := [name for name in frame.columns if name not in own]:
             warnings.warn(
@@ -180,9 +185,6 @@ class Preparation:
                 f"{', '.join(map(shown, extra[:5]))}{', …' if len(extra) > 5 else ''}",
                 stacklevel=4,
             )
-
-    def _warn(self, frame: Any, values: Mapping[str, np.ndarray]) -> None:
-        """Warn of numbers far out of the range of training, and of gaps where it had none."""
         plain = [name for name, kind in self._parts() if kind == "number"]
         for name, low, high in zip(plain, self.low, self.high):
             seen = values[name][~np.isnan(values[name])]
@@ -216,7 +218,9 @@ def fit(
     categories: Sequence[str] = (),
     encoding: Encoding = "onehot",
     standardise: bool = True,
-    standardise_targets: bool = False,
+    centre: Float[np.ndarray, " targets"] | None = None,
+    spread: Float[np.ndarray, " targets"] | None = None,
+    least: float = 0.0,
 ) -> Preparation:
     """Fit a preparation on some rows of a table.
 
@@ -231,7 +235,9 @@ def fit(
         categories: columns that are categories whatever their type.
         encoding: of categories.
         standardise: numbers; else they stay as they are.
-        standardise_targets: subtract mean and divide by spread.
+        centre: of the targets.
+        spread: of the targets.
+        least: spread of the targets of a support.
 
     Raises:
         DataError: if a column holds what no input can be made of.
@@ -246,12 +252,9 @@ def fit(
         [np.arange(v.shape[1]) > 0 for v in values.values()] or [np.zeros(0, bool)]
     )
     kept = angles if standardise else np.ones(len(angles), bool)
-    mean, scale = _moments(columns)
+    mean, scale = moments(columns)
     numbers = [values[name][:, 0] for name, kind in kinds.items() if kind == "number"]
     low, high = np.array([_ends(v) for v in numbers], float).reshape(-1, 2).T
-    centre, spread = np.zeros(len(target)), np.ones(len(target))
-    if standardise_targets:
-        centre, spread = _moments(targets_of(frame, target)[rows])
     return Preparation(
         kinds=kinds,
         levels={n: _levels(frame[n], rows, encoding) for n, k in kinds.items() if k == "category"},
@@ -265,8 +268,9 @@ def fit(
         target=list(target),
         order=order,
         classes=None if classes is None else list(classes),
-        centre=centre,
-        spread=spread,
+        centre=np.zeros(len(target)) if centre is None else centre,
+        spread=np.ones(len(target)) if spread is None else spread,
+        least=least,
         others=[name for name in frame.columns if name not in kinds],
     )
 
@@ -289,7 +293,7 @@ def targets_of(frame: Any, names: Sequence[str]) -> Float[np.ndarray, "n targets
     return np.stack(found, axis=1)
 
 
-def rows_of(frame: Any, task: str) -> dict[str, Int[np.ndarray, " rows"]]:
+def rows_of(frame: Any, task: str) -> dict[str, Int[np.ndarray, " _"]]:
     """Return the rows of every task by its name, in the order of the names.
 
     Raises:
@@ -342,7 +346,7 @@ def _single(parts: Sequence[np.ndarray]) -> Float[np.ndarray, "n width"]:
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 
-def _moments(columns: Float[np.ndarray, "n parts"]) -> tuple[np.ndarray, np.ndarray]:
+def moments(columns: Float[np.ndarray, "n parts"]) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and standard deviation of what is there; 0 and 1 where there is nothing.
 
     A constant column is divided by 1.
