@@ -28,6 +28,7 @@ from .options import (
     RunCount,
     RunInt,
     Seed,
+    Share,
     Size,
     Word,
     one,
@@ -52,14 +53,16 @@ class Train:
     alone), or one of your own, my_module:MyLearner. TASKS is omniglot, mini_imagenet, glyphs (drawn
     from Matplotlib's fonts, no download) or folder (your images, a class a directory); embeddings
     (a file of `adaptax embed`); the functions sinusoid, sinusoid_or_line and finite_sinusoids;
-    circles in the plane; celeba (attributes of faces); fsmol (assays); the environments navigation,
-    bandit, tabular_mdp, half_cheetah and ant; or your own, my_module:my_tasks. Modules may lie in
-    the current folder.
+    circles in the plane; celeba (attributes of faces); fsmol (assays); table (a CSV, Parquet or
+    Arrow file with numbers to predict; table_classes, chosen by itself, with classes); the
+    environments navigation, bandit, tabular_mdp, half_cheetah and ant; or your own,
+    my_module:my_tasks. Modules may lie in the current folder.
 
     For example:
       adaptax train maml sinusoid
       adaptax train reptile omniglot --way 5 --shot 1 --steps 15000
       adaptax train fomaml folder --path my/images --way 3 --shot 2 --steps 500
+      adaptax train maml table --path assays.csv --task assay --target activity
       adaptax train platipus sinusoid_or_line --init-from runs/maml-sinusoid_or_line
       adaptax train my_module:MyLearner omniglot --model my_module:make
       adaptax train --resume runs/maml-sinusoid
@@ -98,13 +101,25 @@ class Train:
     data_root: Word = None
     """folder of the data sets, else ADAPTAX_DATA, else the user's cache"""
     path: Word = None
-    """the images of the task family `folder`, a class a directory"""
+    """the images of the task family `folder`, a class a directory; or the file of a table"""
+    task: Word = None
+    """of a table: the column that names the task of a row"""
+    target: tuple[str, ...] = ()
+    """of a table: the column to predict, or several"""
+    features: tuple[str, ...] = ()
+    """of a table: the columns to predict from, by names or patterns; all others if not given"""
+    ignore: tuple[str, ...] = ()
+    """of a table: columns to leave out"""
+    order: Word = None
+    """of a table: a column of times; supports are of earlier rows than queries"""
+    split: Word = None
+    """of a table: a column that says train, val or test of every task"""
     image_size: OwnCount = None
     """side of the images of `folder` in pixels, to which they are scaled (84)"""
     channels: OwnCount = None
     """of the images of `folder`: 1 for grey, 3 for colour"""
     splits: tuple[Number, ...] = ()
-    """shares of the classes of `folder` for training, validation and test: 0.6 0.2 0.2"""
+    """shares of the classes of `folder` or the tasks of a table, for all splits: 0.6 0.2 0.2"""
     min_images: OwnCount = None
     """leave out classes of `folder` with fewer images"""
     run: Word = None
@@ -201,8 +216,12 @@ class Compare:
     learner against ridge regression of each assay and a pretrained net). PLATIPUS starts from a
     MAML of its own there, and the times are without it.
 
+    On a table, models of scikit-learn stand beside: the mean, ridge regression, a Gaussian process
+    and boosting of each task alone, and boosting of all tasks with each one's mean.
+
     For example:
       adaptax compare sinusoid
+      adaptax compare table --path assays.csv --task assay --target activity
       adaptax compare ambiguous
       adaptax compare glyphs --algorithms maml anil reptile --steps 300
       adaptax compare omniglot --way 5 --shot 1 --steps 10000 --seeds 3
@@ -225,7 +244,19 @@ class Compare:
     data_root: Word = None
     """folder of the data sets, else ADAPTAX_DATA, else the user's cache"""
     path: Word = None
-    """the images of the task family `folder`, a class a directory"""
+    """the images of the task family `folder`, a class a directory; or the file of a table"""
+    task: Word = None
+    """of a table: the column that names the task of a row"""
+    target: tuple[str, ...] = ()
+    """of a table: the column to predict, or several"""
+    features: tuple[str, ...] = ()
+    """of a table: the columns to predict from, by names or patterns; all others if not given"""
+    ignore: tuple[str, ...] = ()
+    """of a table: columns to leave out"""
+    order: Word = None
+    """of a table: a column of times; supports are of earlier rows than queries"""
+    split: Word = None
+    """of a table: a column that says train, val or test of every task"""
     out: Word = None
     """folder to write, else runs/compare-TASKS"""
     minutes: OwnFloat = None
@@ -421,14 +452,19 @@ class Runs:
 
 @dataclasses.dataclass(frozen=True)
 class Predict:
-    """Label images by a few examples: adapt a run to the folders of one, predict the other.
+    """Label images, or predict the rows of a table, by a few examples that a run adapts to.
 
     The support holds a folder of images for each class: as many as the run was trained for, or
     fewer. The images are resized and scaled as in training. Each query is predicted alone unless
     --transductive. Of each it is said which class, how probable, and the entropy of the prediction
     in nats; of ensembles also how much of that is disagreement (epistemic).
 
+    Of a run on a table, support and query are files with the columns of training, any number of
+    tasks in each. Of every row of the query the value, its standard deviation and its interval are
+    written, or the class and its probability.
+
     For example:
+      adaptax predict runs/maml-table --support new.csv --query ask.csv --out predictions.csv
       adaptax predict runs/maml-omniglot-5w1s --support my/classes --query my/photos
       adaptax predict RUN --support my/classes --query a.png 'more/*.png' --out table.csv
     """
@@ -436,15 +472,17 @@ class Predict:
     run: Positional[str]
     """folder of the run"""
     support: str
-    """folder of folders of images, one a class"""
+    """folder of folders of images, one a class; or a file of rows with targets"""
     query: tuple[str, ...]
-    """images: files, folders or patterns"""
+    """images: files, folders or patterns; or a file of rows"""
     out: Word = None
     """file to write the predictions to: a table.csv, .json or .parquet"""
     steps: RunInt = None
     """adaptation steps"""
     transductive: bool = False
     """predict the queries together, so that batch normalisation mixes them"""
+    coverage: Share = 0.9
+    """of a table: how probable it is that a target lies in its interval"""
     invert: Flag = False
     """the images are light where those of the run were dark"""
     data_root: Word = None

@@ -23,6 +23,7 @@ from ..recipes.runs import adapt_and_predict, load_run
 from ..report.record import dump
 from ..task import Batch
 from ..text import shown
+from . import rows
 from .commands import Evaluate, Predict
 from .console import consoles
 from .progress import scoring
@@ -54,11 +55,15 @@ def predict(options: Predict) -> None:
     """`adaptax predict`."""
     run = load_run(options.run, path=options.path, data_root=options.data_root, trust=options.trust)
     experiment = run.experiment
-    if not experiment.family.has("images"):
+    if not (experiment.family.has("images") or experiment.family.has("rows")):
         raise ValueError(
-            f"{options.run} was trained on {experiment.tasks}; predict wants a run on images"
+            f"{options.run} was trained on {experiment.tasks}; predict wants a run on images or on "
+            "a table"
         )
     table = None if options.out is None else _table_format(Path(options.out))
+    if experiment.family.has("rows"):
+        rows.predict(run, options, table)
+        return
     form = image_format(experiment, options.invert)
     x, y, classes = support_in(Path(options.support), form)
     experiment = _for_classes(experiment, len(classes), options.support)
@@ -74,17 +79,17 @@ def predict(options: Predict) -> None:
             f"adaptation to {options.support} diverged, and the predictions are not finite; take "
             "fewer --steps"
         )
-    rows = _rows(names, classes, logits)
+    found = _rows(names, classes, logits)
     if table is not None:
-        io.write_atomic(Path(options.out or ""), table(rows))
+        io.write_atomic(Path(options.out or ""), table(found))
     if options.json:
         print(dump({"run": options.run, "classes": classes, "transductive": options.transductive,
-                    "predictions": rows}))  # fmt: skip
+                    "predictions": found}))  # fmt: skip
         return
     shown_table = Table()
     for heading in ("file", "label", "probability", "entropy"):
         shown_table.add_column(heading, justify="left" if heading in ("file", "label") else "right")
-    for row in rows:
+    for row in found:
         cells = (f"{row['probability']:.3f}", f"{row['entropy']:.3f}")
         shown_table.add_row(shown(row["file"]), shown(row["label"]), *cells)
     out = consoles()[0]
@@ -141,7 +146,7 @@ def _table_format(file: Path) -> Callable[[list[dict[str, Any]]], bytes]:
 
     def flat(row: dict[str, Any]) -> dict[str, Any]:
         rest = {name: value for name, value in row.items() if name != "probabilities"}
-        return rest | {f"p_{name}": p for name, p in row["probabilities"].items()}
+        return rest | {f"p_{name}": p for name, p in row.get("probabilities", {}).items()}
 
     def as_csv(rows: list[dict[str, Any]]) -> bytes:
         text = StringIO(newline="")

@@ -85,6 +85,13 @@ def _path(word: str) -> str:
     return word
 
 
+def _share(word: str) -> float:
+    value = float(word)
+    if not 0 < value < 1:
+        raise ValueError
+    return value
+
+
 _HINT = arg(help_behavior_hint="(default: of the closest recipe)")
 _RUN = arg(help_behavior_hint="(default: of the run)")
 _NONE = arg(help_behavior_hint="")
@@ -99,6 +106,7 @@ RunInt: TypeAlias = Annotated[int | None, number(int), _RUN]
 RunCount: TypeAlias = Annotated[int | None, number(int, 1), _RUN]
 Size: TypeAlias = Annotated[int, number(int, 1)]
 Number: TypeAlias = Annotated[float, number(float)]
+Share: TypeAlias = Annotated[float, one(_share, "FLOAT", "a number between 0 and 1")]
 Seed: TypeAlias = Annotated[int, number(int, -(2**31), 2**32 - 1)]
 OwnSeed: TypeAlias = Annotated[int | None, number(int, -(2**31), 2**32 - 1), _HINT]
 """Counts and sizes are at least 1; seeds are of 32 bits, which are all that a key keeps."""

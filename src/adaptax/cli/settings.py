@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from pathlib import Path
 from typing import Any
 
-from ..recipes import RECIPES, Experiment, Recipe, changed, closest, parts, table
+from ..recipes import RECIPES, Experiment, Recipe, changed, closest, parts, rows, table
 from ..recipes.book import read_file
 from ..recipes.settings import with_path, with_settings
 from ..text import shown
@@ -19,6 +20,8 @@ def experiment_of(options: Train) -> Experiment:
     Raises:
         ValueError: if an option is not for the task family or the learner.
     """
+    if options.tasks == rows.NUMBERS:
+        options = dataclasses.replace(options, tasks=rows.family_of(options.path, options.target))
     if options.algorithm is None or options.tasks is None:
         raise ValueError(
             "name an algorithm and a task family (adaptax train maml sinusoid), or a run to go on "
@@ -33,6 +36,7 @@ def experiment_of(options: Train) -> Experiment:
     experiment = with_path(closest(options.algorithm, options.tasks, way, shot), options.path)
     task: dict[str, Any] = {"splits": list(options.splits) or None}
     task |= {name: getattr(options, name) for name in ("image_size", "channels", "min_images")}
+    task |= {name: one_or_more(getattr(options, name)) for name in COLUMNS}
     for name, value in task.items():
         if value is not None and not family.takes(name):
             raise ValueError(
@@ -56,7 +60,19 @@ def experiment_of(options: Train) -> Experiment:
     }
     if options.inner_lr is not None and experiment.tune:
         changes["tune"] = []
-    return with_settings(changed(experiment, changes), options.set)
+    experiment = with_settings(changed(experiment, changes), options.set)
+    return rows.completed(experiment) if family.has("rows") else experiment
+
+
+COLUMNS = ("task", "target", "features", "ignore", "order", "split")
+"""Options that name columns of a table."""
+
+
+def one_or_more(value: Any) -> Any:
+    """Return the words of an option: one by itself, `None` for none."""
+    if not isinstance(value, tuple):
+        return value
+    return None if not value else value[0] if len(value) == 1 else list(value)
 
 
 WAYS = {

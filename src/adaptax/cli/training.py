@@ -40,6 +40,7 @@ from ..recipes.settings import with_path, with_settings
 from ..report import returns
 from ..report.record import dump, facts, keep
 from ..report.style import Format
+from ..studies import rows
 from ..studies.reinforcement import behaviour
 from ..studies.study import PICTURED
 from . import settings
@@ -176,6 +177,9 @@ def pictures(trained: Trained, scores: Report, path: Path, format: Format = "png
             learner, trained.meta, trained.test.test, key=key, steps=steps,
             title=f"{experiment.title}, {trained.test.test.describe()['shot']}-shot",
         )  # fmt: skip
+    elif experiment.family.has("rows"):
+        title = f"{experiment.title} on {experiment.tasks}"
+        figures |= rows.pictures({experiment.title: scores}, {experiment.title: trained}, title)
     elif experiment.family.has("images"):
         task = trained.test.test.sample(key)
         logits = adapt_and_predict(

@@ -1,6 +1,6 @@
 """The public names, and where they are."""
 
-from . import authors, book, parts, runs, schema, table
+from . import authors, book, parts, rows, runs, schema, table
 from .book import COMPARED, RECIPES, Recipe, closest, comparable, default_learners, origin
 from .effective import effective
 from .experiment import Experiment, changed
@@ -48,6 +48,7 @@ __all__ = [
     "oracle",
     "origin",
     "parts",
+    "rows",
     "runs",
     "schema",
     "table",

@@ -141,8 +141,15 @@ class Experiment:
         """Whether the tasks are environments."""
         return self.family.kind == "environment"
 
-    def splits(self, data_root: str | None = None, *, test: bool = False) -> Splits:
+    def splits(
+        self, data_root: str | None = None, *, test: bool = False, fitted: str | None = None
+    ) -> Splits:
         """Return the task distributions; with `test`, those of the test episodes.
+
+        Args:
+            data_root: folder of the data sets.
+            test: those of the test.
+            fitted: the folder of the run whose preparation is applied to a table.
 
         Raises:
             ValueError: if the task family does not know an argument.
@@ -150,6 +157,8 @@ class Experiment:
         arguments = {**self.task, **(self.test_task if test else {})}
         if data_root is not None and self.family.downloaded:
             arguments["data_root"] = data_root
+        if fitted is not None and self.family.has("rows"):
+            arguments["fitted"] = fitted
         splits = parts.call(
             table.load(self.family.make), arguments, f"the task family {self.tasks}"
         )
@@ -174,7 +183,7 @@ class Experiment:
         net = parts.make_network(
             self.network,
             key=jax.random.key(self.seed),
-            out=self.way or 1,
+            out=self.way or self.outputs,
             in_size=self.family.inputs,
             image=(size, size, channels),
             env=lambda: self.splits().train.env,  # type: ignore[attr-defined]
@@ -205,7 +214,15 @@ class Experiment:
     @property
     def way(self) -> int | None:
         """Classes of a task; `None` where there are none."""
-        return self.task.get("way", 2) if self.family.kind == "classification" else None
+        if self.family.kind != "classification":
+            return None
+        return self.task.get("way", self.task.get("classes", 2))
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that are predicted of an example: the targets of a table, else one."""
+        target = self.task.get("target") if self.family.has("rows") else None
+        return len(target) if isinstance(target, list | tuple) else 1
 
     @property
     def transductive(self) -> bool:

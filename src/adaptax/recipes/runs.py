@@ -26,7 +26,7 @@ from ..engine.train import fit as ax_fit
 from ..learner import Meta, MetaLearner
 from ..process import ProcessLost, TimeOver, ended
 from ..task import Batch, Model, Source, Splits
-from . import schema, table
+from . import rows, schema, table
 from .budget import Budget, budget
 from .experiment import Experiment
 
@@ -295,6 +295,7 @@ def fit(
     with nothing_half_written(run), run:
         config = processes.from_first(lambda: _held(run, config))
         run.write_config(config)
+        rows.keep(splits, run.path)
         start = _start(experiment, config, path, resume_command, progress)
         warn = getattr(experiment.build_learner(), "collapsed", None)
         how = {"validation": validation or _validation(experiment), **config["training"]}
@@ -505,7 +506,7 @@ class LoadedRun:
     @functools.cached_property
     def tasks(self) -> Splits:
         """The task distributions of the test protocol, read when they are first asked for."""
-        return self.experiment.splits(self.config["data_root"], test=True)
+        return self.experiment.splits(self.config["data_root"], test=True, fitted=str(self.path))
 
     def evaluate(self, *, split: str = "test", ensemble: bool = False, **how: Any) -> Report:
         """Score the run on episodes.

@@ -51,7 +51,7 @@ def with_path(experiment: Experiment, path: str | None) -> Experiment:
         raise ValueError(f"the task family {experiment.tasks} wants --path, {family.path}")
     where = Path(os.path.realpath(Path(path).expanduser()))
     changes: dict[str, Any] = {"task": {"path": str(where)}}
-    if "linear" in experiment.network:
+    if "linear" in experiment.network and family.has("features"):
         changes["network"] = {"linear": width(where)}
     elif family.has("features") and "in_size" in experiment.network:
         changes["network"] = {"in_size": width(where)}

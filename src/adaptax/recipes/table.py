@@ -33,9 +33,9 @@ class Family:
         make: the function that makes its `adaptax.Splits`.
         kind: one of `KINDS`.
         tags: what else is true of it, the most specific first: `images`, `curves` (functions of
-            one variable), `features` (of a fixed network), `bodies` (of brax), `labelled` (every
-            class has support), `ambiguous` (likelihoods and calibration count as much as errors),
-            `unpublished` (no paper reports on it).
+            one variable), `rows` (of a table), `features` (of a fixed network), `bodies` (of brax),
+            `labelled` (every class has support), `ambiguous` (likelihoods and calibration count as
+            much as errors), `unpublished` (no paper reports on it).
         path: what lies at its `path`, if it wants one.
         downloaded: whether it is read from `data_root`.
         inputs: width of inputs that are not images.
@@ -136,6 +136,18 @@ FAMILIES: dict[str, Family] = {
     ),
     "fsmol": Family(
         "adaptax.tasks:fsmol", "regression", ("ambiguous",), downloaded=True, inputs=2048
+    ),
+    "table": Family(
+        "adaptax.recipes.rows:numbers",
+        "regression",
+        ("rows",),
+        path="a CSV, Parquet or Arrow file",
+    ),
+    "table_classes": Family(
+        "adaptax.recipes.rows:classes",
+        "classification",
+        ("rows",),
+        path="a CSV, Parquet or Arrow file",
     ),
     "embeddings": Family(
         "adaptax.tasks:embeddings",

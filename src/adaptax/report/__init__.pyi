@@ -4,6 +4,7 @@ from .calibration import coverage_diagram, reliability
 from .plots import ablation, comparison, learning_curve
 from .predictions import adaptation, adaptations, episode_sheet
 from .returns import returns_by_step, trajectories
+from .rows import error_by_support, parity
 from .style import save
 from .sweeps import sweep
 from .tables import (
@@ -31,8 +32,10 @@ __all__ = [
     "coverage_diagram",
     "decision_boundaries",
     "episode_sheet",
+    "error_by_support",
     "learning_curve",
     "number",
+    "parity",
     "protocol_line",
     "reliability",
     "report_table",

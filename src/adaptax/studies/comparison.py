@@ -16,6 +16,7 @@ from ..recipes import (
     changed,
     comparable,
     default_learners,
+    rows,
     table,
 )
 from ..recipes.runs import Trained
@@ -23,6 +24,7 @@ from ..recipes.settings import known_algorithms, with_path
 from ..report.tables import Cell, Mean, Score
 from .ambiguity import compare_uncertainty
 from .reinforcement import compare_returns
+from .rows import compare_rows
 from .study import PICTURED, Lab, Row, Study, difference, sheet
 
 SHOWN = (0, 1, 5, 10)
@@ -42,6 +44,12 @@ def compare(
     seeds: int = 1,
     episodes: int | None = None,
     path: str | None = None,
+    task: str | None = None,
+    target: Sequence[str] = (),
+    features: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    order: str | None = None,
+    split: str | None = None,
     **where: Any,
 ) -> Study:
     """Train several algorithms, test them on the same episodes, and set the papers' numbers beside.
@@ -60,7 +68,13 @@ def compare(
         steps: meta-steps; short ones if `None`.
         seeds: trainings of each algorithm.
         episodes: of the test.
-        path: the images of the task family `folder`.
+        path: the images of the task family `folder`, or the file of a table.
+        task: of a table, the column that names the task of a row.
+        target: of a table, the columns to predict.
+        features: of a table, the columns to predict from; all others if empty.
+        ignore: of a table, columns to leave out.
+        order: of a table, a column of times.
+        split: of a table, a column that says which split a task is of.
         where: `out`, `data_root` and `progress` of `Lab.at`.
 
     Raises:
@@ -70,11 +84,18 @@ def compare(
         `print(adaptax.studies.compare("sinusoid", ["maml", "reptile"], steps=1000, episodes=200))`
     """
     family = "sinusoid_or_line" if tasks == "ambiguous" else tasks
+    columns = {"task": task, "target": target, "features": features, "ignore": ignore,
+               "order": order, "split": split}  # fmt: skip
+    family = rows.family_of(path, target) if family == rows.NUMBERS else family
     lab = Lab.at(f"compare-{tasks}", **where)
     changes: dict[str, Any] = {"steps": steps, "evaluation": {"episodes": episodes}}
     table.trust(*table.own(family))
     row = table.family(family)
     acts = row.kind == "environment"
+    if row.has("rows"):
+        return _compare_rows(lab, family, algorithms, changes, columns, path, way, shot, seeds)
+    if chosen := [name for name, value in columns.items() if value]:
+        raise ValueError(f"{tasks} is no table; leave out --{' and --'.join(chosen)}")
     if acts or row.has("ambiguous"):
         if any(value is not None for value in (way, path, shot if acts else None)) or seeds != 1:
             options = "--way, --shot, --path or --seeds" if acts else "--way, --seeds or --path"
@@ -91,8 +112,26 @@ def compare(
         experiment = comparable(name, tasks, way or 5, 1 if shot is None else shot)
         experiments[name] = changed(with_path(experiment, path), changes)
     lab.check(experiments)
-    rows = [_row(lab, name, experiment, seeds) for name, experiment in experiments.items()]
-    return _study(lab, tasks, rows)
+    found = [_row(lab, name, experiment, seeds) for name, experiment in experiments.items()]
+    return _study(lab, tasks, found)
+
+
+def _compare_rows(
+    lab: Lab,
+    family: str,
+    algorithms: Sequence[str],
+    changes: dict[str, Any],
+    columns: Mapping[str, Any],
+    path: str | None,
+    way: int | None,
+    shot: int | None,
+    seeds: int,
+) -> Study:
+    if way is not None or seeds != 1:
+        raise ValueError("a table has no --way or --seeds; leave them out")
+    said = {n: v[0] if n == "target" and len(v) == 1 else v for n, v in columns.items() if v}
+    task = {n: list(v) if isinstance(v, tuple) else v for n, v in said.items()}
+    return compare_rows(lab, family, algorithms, {**changes, "task": {**task, "shot": shot}}, path)
 
 
 def _row(lab: Lab, name: str, experiment: Experiment, seeds: int) -> Row:
