@@ -30,6 +30,16 @@ ROOMS = {
     "testing": {"ground", "primitives", "learner", "engine", "models", "tasks"},
     "rl": {"ground", "primitives", "learner", "engine"},
     "recipes": {"ground", "primitives", "learner", "algorithms", "models", "tasks", "engine", "rl"},
+    "sklearn": {
+        "ground",
+        "primitives",
+        "learner",
+        "algorithms",
+        "models",
+        "tasks",
+        "engine",
+        "recipes",
+    },
     "report": {"ground", "primitives", "learner", "engine"},
     "studies": {
         "ground",
