@@ -157,7 +157,7 @@ def predictive_nll(model: Model, batch: Batch) -> Float[Array, ""]:
             "both the same shape"
         )
     mean, deviation = wide(mean), wide(deviation)
-    each = jnp.square((batch.y - mean) / deviation) / 2 + jnp.log(deviation)
+    each = jnp.square((batch.targets - mean) / deviation) / 2 + jnp.log(deviation)
     each = each + math.log(2 * math.pi) / 2
     return average(each, batch.weight)
 
