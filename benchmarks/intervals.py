@@ -19,7 +19,7 @@ import numpy as np
 
 import adaptax as ax
 from adaptax.engine.conformal import LEVELS, Scores, quantile, scored
-from adaptax.recipes import TITLES, changed, comparable
+from adaptax.recipes import TITLES, Experiment, changed, comparable
 
 OUT = Path(__file__).parent / "results" / "intervals.json"
 LEARNERS = {
@@ -48,7 +48,11 @@ def cell(family: str, name: str, steps: int, episodes: int, times: int) -> dict:
     """Train, calibrate and check one learner on one family."""
     experiment = changed(comparable(name, family), {"steps": steps})
     splits = experiment.splits(test=True)
-    meta = experiment.train(experiment.splits()).meta
+    start = None
+    if experiment.init_from:
+        first = changed(Experiment.from_json(experiment.init_from), {"steps": steps})
+        start = first.train(first.splits()).meta
+    meta = experiment.train(experiment.splits(), init_from=start).meta
     learner = experiment.build_learner()
     how = {"noise": "support", "episodes": None if family == "fsmol" else episodes}
     found = ax.conformal(learner, meta, splits.val, key=jax.random.key(1), **how)
@@ -82,12 +86,11 @@ def main() -> None:
     parser.add_argument("--halves", type=int, default=200)
     parser.add_argument("--out", type=Path, default=OUT)
     asked = parser.parse_args()
-    cells = [
-        cell(family, name, asked.steps, asked.episodes, asked.halves)
-        for family in asked.families
-        for name in asked.learners or LEARNERS[family]
-    ]
-    measure.save(asked.out, cells=cells, steps=asked.steps)
+    cells = []
+    for family in asked.families:
+        for name in asked.learners or LEARNERS[family]:
+            cells.append(cell(family, name, asked.steps, asked.episodes, asked.halves))
+            measure.save(asked.out, cells=cells, steps=asked.steps)
 
 
 if __name__ == "__main__":
