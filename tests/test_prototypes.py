@@ -262,3 +262,18 @@ def test_a_shared_head_takes_any_number_of_ways(head, task):
     rates = ax.SharedHead(ax.MetaSGD(CE, 0.1), head, way=3)
     with pytest.raises(ValueError, match="whose meta-parameters are a model"):
         rates.adapt(rates.init(model, key=KEY), task.support, key=KEY)
+
+
+@pytest.mark.parametrize("make", [ax.PrototypicalNetwork, lambda: ax.ProtoMAML(CE, 0.1, 1)])
+def test_tasks_of_unequal_numbers_of_classes(make):
+    rng, tasks = np.random.default_rng(0), {}
+    for i in range(9):
+        centres = 5 * rng.normal(size=(2 + i % 3, 2))
+        y = np.repeat(np.arange(len(centres)), 8)
+        tasks[f"task {i}"] = (centres[y] + 0.1 * rng.normal(size=(len(y), 2)), y)
+    splits = ax.tasks.from_tasks(tasks, shot=12, classes="task")
+    learner = make()
+    result = ax.fit(learner, net(), splits.train, steps=3, meta_batch=2, key=KEY)
+    report = ax.evaluate(learner, result.meta, splits.test, episodes=6, key=KEY)
+    assert report.mean("accuracy") > 0.8
+    assert report.protocol["way"] == 4
