@@ -102,7 +102,7 @@ class _MetaEstimator(BaseEstimator):  # type: ignore[misc]
             spread=spread,
             sizes=np.ones(1, int),
             noise=np.ones(1),
-            residuals=np.zeros((1, 0)),
+            residuals=np.zeros((1, 0, 0)),
             experiment=experiment,
             features=X.shape[1],
         )

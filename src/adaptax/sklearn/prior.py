@@ -14,6 +14,7 @@ from scipy.stats import norm
 
 from ..algorithms.baselines import NearestClassMean, RidgeRegression
 from ..engine import together
+from ..engine.conformal import quantile
 from ..learner import Adapter, Meta
 from ..recipes import Experiment
 from ..tasks.preparation import Preparation
@@ -62,8 +63,8 @@ class Prior:
         sizes: of supports that held-out tasks were adapted to, ascending.
         noise: standard deviation of their targets given the prediction, in units of a support's
             spread, for each of the sizes.
-        residuals: |y − f| over the standard deviation, sorted, or, of a classification, 1 − p of
-            the true class; for each of the sizes, NaN where there are fewer than for others.
+        residuals: |y − f| over the standard deviation, or, of a classification, 1 − p of the true
+            class, of every held-out task; for each of the sizes, NaN where there are fewer.
         experiment: what the learner was made of, to make it again; `None` of one's own.
         features: columns of an array.
     """
@@ -76,7 +77,7 @@ class Prior:
     spread: float
     sizes: Int[np.ndarray, " sizes"]
     noise: Float[np.ndarray, " sizes"]
-    residuals: Float[np.ndarray, "sizes residuals"]
+    residuals: Float[np.ndarray, "sizes tasks queries"]
     experiment: Experiment | None
     features: int
 
@@ -130,23 +131,24 @@ class Prior:
         return max(int(np.searchsorted(self.sizes, count, side="right")) - 1, 0)
 
     def quantile(self, coverage: float, count: int) -> float:
-        """Return what a share of the residuals does not exceed: the conformal quantile.
+        """Return what a share of a new task's residuals does not exceed; the normal one's if none.
+
+        See `adaptax.engine.conformal`: every held-out task counts alike.
 
         Args:
             coverage: the share.
             count: rows of the support.
 
         Raises:
-            ValueError: if the coverage is no share.
+            ValueError: if the coverage is no share, or too few tasks were held out for it.
         """
         if not 0 < coverage < 1:
             raise ValueError(f"coverage is between 0 and 1, not {coverage}")
-        known = self.residuals[self.place(count)]
-        known = known[np.isfinite(known)]
-        if not len(known):
+        if not self.residuals.size:
             return float(norm.ppf((1 + coverage) / 2))
-        place = int(np.ceil(coverage * (len(known) + 1))) - 1
-        return float(known[min(place, len(known) - 1)])
+        known = self.residuals[self.place(count)]
+        there = ~np.isnan(known)
+        return quantile(np.where(there, known, 0), there.astype(float), coverage)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +226,7 @@ def alone(x: np.ndarray, y: np.ndarray, classes: np.ndarray | None) -> Prior:
         spread=spread,
         sizes=np.ones(1, int),
         noise=np.ones(1),
-        residuals=np.zeros((1, 0)),
+        residuals=np.zeros((1, 0, 0)),
         experiment=None,
         features=x.shape[1],
     )

@@ -134,8 +134,10 @@ def calibrated(prior: Prior, rows: Rows, held: np.ndarray, seed: int) -> Prior:
     rng = np.random.default_rng(seed)
     noise, residuals, sizes, most = [], [], [], 0
     for size in SIZES:
-        drawn = [rng.permutation(rows.tasks[name]) for name in held.tolist() for _ in range(2)]
-        drawn = [own for own in drawn if len(own) > size]
+        twice = [(i, name) for i, name in enumerate(held.tolist()) for _ in range(2)]
+        both = [(i, rng.permutation(rows.tasks[name])) for i, name in twice]
+        both = [(i, own) for i, own in both if len(own) > size]
+        task, drawn = [i for i, _ in both], [own for _, own in both]
         most = max(most, len(drawn))
         if not drawn or len(drawn) < min(FEWEST, most / 2):
             break
@@ -147,24 +149,35 @@ def calibrated(prior: Prior, rows: Rows, held: np.ndarray, seed: int) -> Prior:
         )
         sizes.append(size)
         noise.append(width)
-        residuals.append(np.sort(missed).astype(np.float32))
+        residuals.append(_by_task(task, missed, len(held)))
     if not sizes:
         return prior
-    table = np.full((len(sizes), max(map(len, residuals))), np.nan, np.float32)
-    for row, own in zip(table, residuals):
-        row[: len(own)] = own
     return dataclasses.replace(
-        prior, sizes=np.array(sizes), noise=np.array(noise, float), residuals=table
+        prior,
+        sizes=np.array(sizes),
+        noise=np.array(noise, float),
+        residuals=np.stack(residuals),
     )
 
 
-def _sets(adapted: Adapted, x: list[Any], y: list[np.ndarray]) -> tuple[float, np.ndarray]:
+def _by_task(task: list[int], missed: list[np.ndarray], count: int) -> np.ndarray:
+    """Return the residuals of two draws of every task in a row of its own, NaN where are fewer."""
+    table = np.full((count, 2 * MOST), np.nan, np.float32)
+    filled = np.zeros(count, int)
+    for i, own in zip(task, missed, strict=True):
+        table[i, filled[i] : filled[i] + len(own)] = own
+        filled[i] += len(own)
+    return table
+
+
+def _sets(adapted: Adapted, x: list[Any], y: list[np.ndarray]) -> tuple[float, list[np.ndarray]]:
     """Return 1 − p of the true classes."""
-    missed = [1 - p[np.arange(len(of)), of] for p, of in zip(adapted.probabilities(x), y)]
-    return 1.0, np.concatenate(missed)
+    return 1.0, [1 - p[np.arange(len(of)), of] for p, of in zip(adapted.probabilities(x), y)]
 
 
-def _intervals(adapted: Adapted, x: list[Any], y: list[np.ndarray]) -> tuple[float, np.ndarray]:
+def _intervals(
+    adapted: Adapted, x: list[Any], y: list[np.ndarray]
+) -> tuple[float, list[np.ndarray]]:
     """Return the noise that an ensemble's disagreement leaves, and residuals in units of both."""
     still = dataclasses.replace(adapted.prior, noise=np.zeros_like(adapted.prior.noise))
     found = dataclasses.replace(adapted, prior=still).numbers(x)
@@ -173,4 +186,4 @@ def _intervals(adapted: Adapted, x: list[Any], y: list[np.ndarray]) -> tuple[flo
     gaps, spread = (np.concatenate(of) for of in zip(*parts))
     # A few targets that are far off say little of the others.
     noise = float(np.sqrt(max(np.mean(np.minimum(gaps**2, 25.0) - spread**2), 1e-4)))
-    return noise, np.abs(gaps) / np.sqrt(spread**2 + noise**2)
+    return noise, [np.abs(gap) / np.sqrt(own**2 + noise**2) for gap, own in parts]
