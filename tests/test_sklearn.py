@@ -17,7 +17,7 @@ from sklearn.utils.estimator_checks import estimator_checks_generator
 import adaptax as ax
 from adaptax import sklearn as axs
 
-TASKS, EACH, WIDTH = 24, 30, 4
+TASKS, EACH, WIDTH = 44, 30, 4
 
 
 def rows(seed=0, tasks=TASKS, each=EACH):
@@ -32,14 +32,14 @@ def rows(seed=0, tasks=TASKS, each=EACH):
 @pytest.fixture(scope="module")
 def meta():
     x, y, task = rows()
-    return axs.MetaRegressor("ridge", steps=2, meta_batch=2).fit(x, y, groups=task)
+    return axs.MetaRegressor("ridge", steps=2, meta_batch=2, held_out=0.5).fit(x, y, groups=task)
 
 
 @pytest.fixture(scope="module")
 def classes():
     x, y, task = rows()
     labels = np.where(y > np.array([np.median(y[task == t]) for t in range(TASKS)])[task], "b", "a")
-    fitted = axs.MetaClassifier("maml", hidden=(8,), steps=2, meta_batch=2, shot=8)
+    fitted = axs.MetaClassifier("maml", hidden=(8,), steps=2, meta_batch=2, shot=8, held_out=0.5)
     return fitted.fit(x, labels, groups=task), labels
 
 
@@ -61,6 +61,15 @@ def test_adapts_to_any_size_of_a_new_task(meta):
         meta.adapt(x[:5, :3], y[:5])
 
 
+def test_too_few_held_out_tasks_are_told():
+    x, y, task = rows(tasks=12)
+    model = axs.MetaRegressor("ridge", steps=2, meta_batch=2).fit(x, y, groups=task)
+    one = model.adapt(x[:8], y[:8])
+    with pytest.warns(UserWarning, match=r"0\.9 for new tasks wants 9 held-out tasks, .* are 2"):
+        low, high = one.predict_interval(x[8:30])
+    assert (low < high).all()
+
+
 def test_intervals_hold_on_new_tasks(meta):
     x, y, task = rows(seed=2, tasks=60)
     inside = []
@@ -69,8 +78,8 @@ def test_intervals_hold_on_new_tasks(meta):
         model = meta.adapt(x[own[:8]], y[own[:8]])
         low, high = model.predict_interval(x[own[8:]], coverage=0.9)
         inside.append(np.mean((low <= y[own[8:]]) & (y[own[8:]] <= high)))
-    # Calibrated by four held-out tasks alone, whose own coverage varies about as the test tasks'.
-    spread = np.std(inside) * np.sqrt(1 / 60 + 1 / 4)
+    # The coverage of the 22 held-out tasks varies about as that of the test tasks.
+    spread = np.std(inside) * np.sqrt(1 / 60 + 1 / 22)
     assert abs(np.mean(inside) - 0.9) < 3 * spread + 1e-9
 
 
@@ -194,6 +203,7 @@ EXEMPT = {
     "check_methods_subset_invariance": "rows of an unknown task are predicted in float32, whose "
     "last bits depend on the size of a batch",
     "check_methods_sample_order_invariance": "likewise",
+    "check_do_not_raise_errors_in_init_or_set_params": "these tests check types at run time",
 }
 """Checks that the meta-estimators do not pass, and why."""
 

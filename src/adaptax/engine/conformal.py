@@ -77,6 +77,11 @@ class Scores:
         )
 
 
+def fewest(coverage: float) -> int:
+    """Return how many calibration tasks a coverage of new tasks wants."""
+    return math.ceil(coverage / (1 - coverage) - 1e-9)
+
+
 def quantile(
     score: Float[np.ndarray, "tasks n"], weight: Float[np.ndarray, "tasks n"], coverage: float
 ) -> float:
@@ -95,7 +100,7 @@ def quantile(
     total = weight.sum(axis=1, keepdims=True)
     there = total[:, 0] > 0
     tasks = int(there.sum())
-    least = math.ceil(coverage / (1 - coverage) - 1e-9)
+    least = fewest(coverage)
     if tasks < least:
         raise ValueError(
             f"a coverage of {coverage:g} for new tasks wants {least} calibration tasks or more, "

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
+from sklearn.utils.validation import _num_samples, check_is_fitted, column_or_1d, validate_data
 
 from ..engine.train import fit as ax_fit
 from ..learner import MetaLearner
@@ -134,6 +134,7 @@ class _MetaEstimator(BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self, "prior_")
         groups = self._groups(X, groups)
         y = np.asarray(column_or_1d(y))
+        y = y if self._classes() is not None else y.astype(float)
         rng = np.random.default_rng(0)
         known: list[np.ndarray] = []
         asked: list[np.ndarray] = []
@@ -161,7 +162,7 @@ class _MetaEstimator(BaseEstimator):  # type: ignore[misc]
         if groups is not None:
             return np.unique(column_or_1d(groups), return_inverse=True)[1]
         if self.task is None:
-            return np.zeros(X.shape[0] if hasattr(X, "shape") else len(X), int)
+            return np.zeros(_num_samples(X), int)
         if not hasattr(X, "columns") or self.task not in X.columns:
             raise ValueError(
                 f"task={self.task!r} is a column of a data frame, and X is "
@@ -173,7 +174,8 @@ class _MetaEstimator(BaseEstimator):  # type: ignore[misc]
     def _checked(self, X: Any, y: Any) -> tuple[Any, np.ndarray]:
         """Return rows and targets; a frame with columns of other things than numbers as it is."""
         if y is None:
-            raise ValueError(f"{type(self).__name__} requires y to be passed, but it is None")
+            name = type(self).__name__
+            raise ValueError(f"{name} requires y to be passed, but the target y is None")
         if self.task is not None or _is_table(X):
             y = np.asarray(column_or_1d(y, warn=True))
             if len(X) != len(y):
@@ -235,13 +237,6 @@ class _MetaEstimator(BaseEstimator):  # type: ignore[misc]
     def _score(self, x: Any, y: np.ndarray, known: Any, asked: Any) -> float:
         raise NotImplementedError
 
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        for kind in (tags.regressor_tags, tags.classifier_tags):
-            if kind is not None:
-                kind.poor_score = True  # of rows of a task of which nothing is known
-        return tags
-
 
 class MetaRegressor(RegressorMixin, _MetaEstimator):  # type: ignore[misc]
     """Learn from many tasks how to learn another regression from a few rows.
@@ -283,6 +278,11 @@ class MetaRegressor(RegressorMixin, _MetaEstimator):  # type: ignore[misc]
             groups: the task of every row, as in `fit`.
         """
         return self._judged(X, y, groups)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.regressor_tags.poor_score = True  # of rows of a task of which nothing is known
+        return tags
 
     def _targets(self, y: np.ndarray) -> np.ndarray:
         y = np.asarray(y, float)
@@ -352,6 +352,11 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):  # type: ignore[misc]
     def _proba(self, p: np.ndarray) -> np.ndarray:
         p = p[:, : len(self.classes_)]
         return p / p.sum(axis=1, keepdims=True)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.poor_score = True
+        return tags
 
     def _targets(self, y: np.ndarray) -> Int[np.ndarray, " n"]:
         check_classification_targets(y)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ from scipy.stats import norm
 
 from ..algorithms.baselines import NearestClassMean, RidgeRegression
 from ..engine import together
-from ..engine.conformal import quantile
+from ..engine.conformal import fewest, quantile
 from ..learner import Adapter, Meta
 from ..recipes import Experiment
 from ..tasks.preparation import Preparation
@@ -89,9 +91,9 @@ class Prior:
 
     def __reduce__(self) -> Any:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        if self.experiment is not None:  # functions of a learner are made again
-            fields["learner"] = None
-        fields["meta"] = jax.tree.map(np.asarray, self.meta) if _plain(self.meta) else self.meta
+        arrays = [leaf for leaf in jax.tree.leaves(self.meta) if eqx.is_array(leaf)]
+        if self.experiment is not None:  # functions of learner and network are made again
+            fields |= {"learner": None, "meta": [np.asarray(leaf) for leaf in arrays]}
         return _again, (fields,)
 
     def standard(self, y: Float[np.ndarray, " n"]) -> tuple[float, float]:
@@ -140,14 +142,27 @@ class Prior:
             count: rows of the support.
 
         Raises:
-            ValueError: if the coverage is no share, or too few tasks were held out for it.
+            ValueError: if the coverage is no share.
+
+        Warns:
+            UserWarning: if too few tasks were held out for it.
         """
         if not 0 < coverage < 1:
             raise ValueError(f"coverage is between 0 and 1, not {coverage}")
         if not self.residuals.size:
             return float(norm.ppf((1 + coverage) / 2))
         known = self.residuals[self.place(count)]
+        known = known[~np.isnan(known).all(axis=1)]
         there = ~np.isnan(known)
+        least = fewest(coverage)
+        if len(known) < least:
+            warnings.warn(
+                f"a coverage of {coverage:g} for new tasks wants {least} held-out tasks, and there "
+                f"are {len(known)}: these intervals are of the rows of those, and may hold less; "
+                "fit on more tasks, or raise held_out",
+                stacklevel=3,
+            )
+            return float(np.quantile(known[there], coverage))
         return quantile(np.where(there, known, 0), there.astype(float), coverage)
 
 
@@ -232,16 +247,12 @@ def alone(x: np.ndarray, y: np.ndarray, classes: np.ndarray | None) -> Prior:
     )
 
 
-def _plain(meta: Meta) -> bool:
-    """Return whether all arrays are of numbers that NumPy knows."""
-    leaves = jax.tree.leaves(meta)
-    return all(hasattr(leaf, "dtype") and leaf.dtype.kind in "fiub" for leaf in leaves)
-
-
 def _again(fields: dict[str, Any]) -> Prior:
-    if fields["experiment"] is not None:
-        fields["learner"] = fields["experiment"].build_learner()
-    fields["meta"] = jax.tree.map(
-        lambda a: jnp.asarray(a) if isinstance(a, np.ndarray) else a, fields["meta"]
-    )
+    experiment = fields["experiment"]
+    if experiment is not None:
+        learner = experiment.build_learner()
+        like = learner.init(experiment.model(), key=jax.random.key(0))
+        arrays = iter(fields["meta"])
+        meta = jax.tree.map(lambda a: jnp.asarray(next(arrays)) if eqx.is_array(a) else a, like)
+        fields |= {"learner": learner, "meta": meta}
     return Prior(**fields)

@@ -80,8 +80,8 @@ def splits_of(
     kept = [name for name in held.tolist() if sizes[name] > low] or used
     if not used:
         raise ValueError(
-            f"none of {len(train)} tasks has 2 rows or more, some to learn from and some to be "
-            "judged on; give groups= that are larger"
+            f"n_samples={len(rows.y)} in {len(rows.tasks)} tasks, none of which has 2 rows or "
+            "more, some to learn from and some to be judged on; give groups= that are larger"
         )
     if classes is not None:
         seen = np.unique(np.concatenate([y[rows.tasks[name]] for name in {*used, *kept}]))
