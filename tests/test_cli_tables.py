@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from adaptax.cli import main
+from adaptax.engine.conformal import Scores
 
 pytest.importorskip("narwhals")
 pytest.importorskip("pyarrow")
@@ -42,12 +43,13 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("table")
-    table = write(folder / "table.csv")
+    table = write(folder / "table.csv", tasks=64)
     words = ["train", "maml", "table", "--path", table, *COLUMNS, *SHORT, "--run"]
     assert main([*words, str(folder / "run")]) == 0
     return folder / "run"
 
 
+@pytest.mark.filterwarnings("always:intervals of 0.95 are Gaussian")
 def test_a_run_keeps_its_preparation_and_predicts_many_tasks(run, here, capsys):
     assert (run / "preparation.safetensors").is_file()
     result = json.loads((run / "test.json").read_text())
@@ -61,14 +63,25 @@ def test_a_run_keeps_its_preparation_and_predicts_many_tasks(run, here, capsys):
     with open("out.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["machine"] for row in rows] == [f"m{i // 3}" for i in range(15)]
+    half = []
     for row in rows:
         value, std, low, high = (float(row[f"y{end}"]) for end in ("", "_std", "_low", "_high"))
         assert low < value < high
-        np.testing.assert_allclose(high - low, 2 * 1.6449 * std, rtol=1e-3)
+        half.append((high - low) / (2 * std))
+    # As many deviations as the ten validation tasks need, not those of a Gaussian.
+    np.testing.assert_allclose(half, half[0], rtol=1e-3)
+    found = Scores.load(run / "calibration.safetensors")
+    assert len(found.score) == 10
+    np.testing.assert_allclose(half[0], found.threshold(0.9)[0], rtol=1e-3)
     capsys.readouterr()
     assert main([*words, "--coverage", "0.5", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["tasks"], len(found["predictions"])) == (5, 15)
+    assert main([*words, "--coverage", "0.95", "--json"]) == 0
+    said = capsys.readouterr()
+    assert "intervals of 0.95 are Gaussian: ones that hold for new tasks want 19 tasks" in said.err
+    row = json.loads(said.out)["predictions"][0]
+    np.testing.assert_allclose(row["y_high"] - row["y_low"], 2 * 1.96 * row["y_std"], rtol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,34 @@ class Scores:
     spread: Float[np.ndarray, "tasks n _"]
     support_loss: Float[np.ndarray, " tasks"]
 
+    def threshold(self, coverage: float) -> Float[np.ndarray, " targets"]:
+        """Return the largest score that is held, of every target; see `quantile`.
+
+        Raises:
+            ValueError: if there are too few tasks for it.
+        """
+        pairs = zip(np.moveaxis(self.score, -1, 0), np.moveaxis(self.weight, -1, 0), strict=True)
+        return np.array([quantile(score, weight, coverage) for score, weight in pairs])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write them as safetensors."""
+        io.write_atomic(
+            path, save({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Scores:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: if it is no such file.
+        """
+        try:
+            with open(path, "rb") as file:
+                return cls(**load(file.read()))
+        except (SafetensorError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no scores of calibration tasks ({error})") from error
+
     @classmethod
     def joined(cls, parts: Sequence[Scores]) -> Scores:
         """Return the tasks of all parts; what is shorter is filled up without weight."""
@@ -176,9 +204,7 @@ class Conformal:
         Raises:
             ValueError: if there are too few calibration tasks for it.
         """
-        score, weight = self.scores.score, self.scores.weight
-        each = [quantile(score[..., i], weight[..., i], coverage) for i in range(score.shape[-1])]
-        return np.array(each)
+        return self.scores.threshold(coverage)
 
     def interval(
         self, support: Source, x: PyTree, coverage: float = 0.9, *, key: PRNGKeyArray | None = None
@@ -261,34 +287,6 @@ class Conformal:
         found = scored(self.learner, self.meta, tasks, key=key, episodes=episodes, noise=self.noise,
                        transductive=self.transductive, fast_path=self.fast_path)  # fmt: skip
         return [self._coverage(found, level) for level in levels if self._can(level)]
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the scores of the calibration tasks, all but learner and meta-parameters."""
-        own = {f.name: getattr(self.scores, f.name) for f in dataclasses.fields(Scores)}
-        said = {"noise": str(self.noise), "transductive": str(self.transductive)}
-        io.write_atomic(path, save(own, metadata=said))
-
-    @classmethod
-    def load(
-        cls, path: str | os.PathLike[str], learner: Adapter, meta: Meta, **how: Any
-    ) -> Conformal:
-        """Read what `save` wrote.
-
-        Args:
-            path: of the file.
-            learner: the same.
-            meta: the same.
-            how: `noise`, `transductive` and `fast_path`, as they were.
-
-        Raises:
-            ValueError: if it is no such file.
-        """
-        try:
-            with open(path, "rb") as file:
-                arrays = load(file.read())
-            return cls(learner, meta, Scores(**arrays), **how)
-        except (SafetensorError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} holds no scores of calibration tasks ({error})") from error
 
     def _can(self, level: float) -> bool:
         try:

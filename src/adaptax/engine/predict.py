@@ -134,16 +134,21 @@ def deviations(model: Model, x: PyTree, support_x: PyTree, **how: Any) -> Float[
         support_x: the inputs that it was adapted to.
         how: further arguments of `predictions`.
     """
-    if isinstance(model, Ensemble):
-        shared = None if model.shared is None else _Deviation(model.shared)
-        return predictions(Ensemble(_Deviation(model.models), shared), x, support_x, **how)
-    return predictions(_Deviation(model), x, support_x, **how)
+    return predictions(Deviation.of(model), x, support_x, **how)
 
 
-class _Deviation(eqx.Module):
+class Deviation(eqx.Module):
     """A model of the standard deviations that a model predicts."""
 
     model: Model
 
+    @classmethod
+    def of(cls, model: Model) -> Model:
+        """Return that of a model, or of each of an ensemble."""
+        if not isinstance(model, Ensemble):
+            return cls(model)
+        return Ensemble(cls(model.models), None if model.shared is None else cls(model.shared))
+
     def __call__(self, x: PyTree) -> Array:
+        """Return the deviations of the targets of a batch."""
         return self.model.predictive(x)[1]

@@ -20,7 +20,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from .. import program, roles
 from ..learner import Adapter, Meta
 from ..task import Batch, Model
-from .predict import learned_noise
+from .predict import Deviation, is_predictive, learned_noise
 
 LEAST = 8
 """Smallest size class."""
@@ -88,6 +88,17 @@ class Adapted:
                 n = _length(queries[i])
                 found[i] = one[:, :n] if _leads(models) else one[:n]
         return found
+
+    def deviations(self, queries: Sequence[PyTree]) -> list[np.ndarray] | None:
+        """Return the standard deviations of targets that the models predict; `None` if they do not.
+
+        Args:
+            queries: as in `predict`, as is what is returned.
+        """
+        if not all(is_predictive(models) for _, models in self.groups):
+            return None
+        own = [(index, Deviation.of(models)) for index, models in self.groups]
+        return dataclasses.replace(self, groups=own).predict(queries)
 
     def noise(self) -> list[np.ndarray]:
         """Return the standard deviations that the models learned, of ensembles each member's.

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.stats import norm
 
 from ..engine import together
+from ..engine.conformal import Scores, conformal, fewest
 from ..learner import Meta
-from ..task import Batch, Splits
+from ..task import Batch, Splits, TaskDistribution
 from ..tasks import frames, preparation
 from ..tasks import table as tables
 from ..tasks.files import DataError
@@ -23,6 +26,9 @@ from ..tasks.table import Standard, kind_of, load, prepared
 from ..tasks.table import read as tables_read
 from ..text import shown
 from .experiment import Experiment, changed
+
+CALIBRATION, CALIBRATED = "calibration.safetensors", 2**30
+"""What a run keeps of its validation tasks, and what names their episodes."""
 
 NUMBERS, CLASSES = "table", "table_classes"
 """The task families: tables with numbers to predict, and with classes."""
@@ -213,6 +219,39 @@ def keep(splits: Splits, folder: Path) -> None:
         splits.preparation.save(file)
 
 
+def calibrate(experiment: Experiment, meta: Meta, tasks: TaskDistribution, folder: Path) -> None:
+    """Write how far off validation tasks are predicted; it sizes the intervals of `predicted`.
+
+    Args:
+        experiment: of a run.
+        meta: what it learned.
+        tasks: for validation; only those of a table with numbers to predict are scored.
+        folder: of the run.
+    """
+    if experiment.tasks != NUMBERS:
+        return
+    noise = experiment.evaluation.get("noise", 1.0)
+    learner, key = experiment.build_learner(), jax.random.key(CALIBRATED)
+    conformal(learner, meta, tasks, key=key, noise=noise).scores.save(folder / CALIBRATION)
+
+
+def _halves(folder: Path, targets: int, coverage: float) -> np.ndarray:
+    """Return how many standard deviations the intervals of every target reach to both sides."""
+    file = folder / CALIBRATION
+    if not file.is_file():
+        return np.full(targets, norm.ppf((1 + coverage) / 2))
+    found = Scores.load(file)
+    count, least = len(found.score), fewest(coverage)
+    if count < least:
+        warnings.warn(
+            f"intervals of {coverage:g} are Gaussian: ones that hold for new tasks want {least} "
+            f"tasks for validation, and the run had {count}",
+            stacklevel=2,
+        )
+        return np.full(targets, norm.ppf((1 + coverage) / 2))
+    return found.threshold(coverage)
+
+
 @dataclasses.dataclass(frozen=True)
 class Predictions:
     """What a run predicts of the rows of tables.
@@ -274,11 +313,16 @@ def predicted(
         return Predictions(columns, len(names), coverage)
     noise = experiment.evaluation.get("noise", 1.0)
     noises = adapted.noise() if noise == "learned" else [np.asarray(noise)] * len(names)
-    half = float(norm.ppf((1 + coverage) / 2))
+    halves = _halves(folder, len(own.target), coverage)
+    sure = adapted.deviations([_some(new, wanted[name]) for name in names])
     mean, deviation = (np.full((len(asked), len(own.target)), np.nan) for _ in range(2))
-    for name, f, (centre, scale), own_noise in zip(names, found, units, noises):
+    for i, (name, f, (centre, scale)) in enumerate(zip(names, found, units)):
         f = (f if f.ndim == 3 else f[None]).astype(float)
-        spread = np.sqrt(f.var(axis=0) + np.mean(own_noise**2))
+        squares = np.mean(noises[i] ** 2)
+        if sure is not None:
+            squares = (sure[i] if sure[i].ndim == 3 else sure[i][None]).astype(float) ** 2
+            squares = squares.mean(axis=0)
+        spread = np.sqrt(f.var(axis=0) + squares)
         mean[wanted[name]] = own.centre + own.spread * (centre + scale * f.mean(axis=0))
         deviation[wanted[name]] = own.spread * scale * spread
     if not np.isfinite(mean).all():
@@ -288,8 +332,8 @@ def predicted(
     for j, target in enumerate(own.target):
         columns[target] = mean[:, j].tolist()
         columns[f"{target}_std"] = deviation[:, j].tolist()
-        columns[f"{target}_low"] = (mean[:, j] - half * deviation[:, j]).tolist()
-        columns[f"{target}_high"] = (mean[:, j] + half * deviation[:, j]).tolist()
+        columns[f"{target}_low"] = (mean[:, j] - halves[j] * deviation[:, j]).tolist()
+        columns[f"{target}_high"] = (mean[:, j] + halves[j] * deviation[:, j]).tolist()
     return Predictions(columns, len(names), coverage)
 
 

@@ -330,6 +330,7 @@ def fit(
         )
         if experiment.tune or experiment.tune_noise:
             run.write_config({**config, "tuned": tuned.to_json()})
+        processes.from_first(lambda: rows.calibrate(tuned, result.meta, test.val, run.path))
     return Trained(
         experiment=tuned,
         meta=result.meta,
