@@ -396,7 +396,7 @@ def scored(
     chunk = episodes_at_once(task, size, episodes)
     parts = []
     for start in range(0, episodes, chunk):
-        given = evaluator.load(start, chunk, key)
+        given = evaluator.load(start, chunk, key, slice(None))  # each of several processes all
         found = program.call(_Scorer.chunk, scorer, size, meta, tasks, *given)
         parts.append([np.asarray(each) for each in found])
     whole = [np.concatenate(each)[:episodes] for each in zip(*parts, strict=True)]

@@ -245,10 +245,19 @@ class Evaluator:
             **rates,
         }
 
-    def load(self, start: int, chunk: int, key: PRNGKeyArray) -> tuple[PyTree, Array]:
-        """Return what a program needs of some episodes, and their keys; the last one repeats."""
+    def load(
+        self, start: int, chunk: int, key: PRNGKeyArray, mine: slice | None = None
+    ) -> tuple[PyTree, Array]:
+        """Return what a program needs of some episodes, and their keys; the last one repeats.
+
+        Args:
+            start: the first episode.
+            chunk: how many.
+            key: names the episodes.
+            mine: which of them; those of this process if `None`.
+        """
         them = np.minimum(np.arange(start, start + chunk), self.episodes - 1)
-        index = jnp.asarray(them[processes.own(chunk)], jnp.uint32)
+        index = jnp.asarray(them[processes.own(chunk) if mine is None else mine], jnp.uint32)
         return feed.load(self.tasks, key, index), program.call(_keys, key, index)
 
 
