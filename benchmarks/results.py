@@ -309,6 +309,26 @@ def fsmol() -> list[list[str]]:
     return found
 
 
+@table("intervals", "intervals")
+def intervals() -> list[list[str]]:
+    levels = ("50", "80", "90", "95")
+    found = [
+        ["tasks", "learner", "calibration tasks", *(f"of {n} %" for n in levels), "width, 90 %"]
+    ]
+    for cell in load("intervals")["cells"]:
+        rows, halves = cell["rows"], cell.get("halves")
+        head = [cell["family"].replace("_", " "), cell["title"]]
+        shown = [
+            f"{100 * r['coverage']:.1f} ± {100 * max(r['ci95'], r['calibration_ci95']):.1f} %"
+            for r in rows
+        ]
+        found.append([*head, f"{cell['calibration_tasks']:,}", *shown, number(rows[2]["size"], 2)])
+        if halves:
+            mean = [f"{100 * halves[f'{float(n) / 100:g}']['coverage']:.1f} %" for n in levels]
+            found.append([*head, "random halves, mean", *mean, ""])
+    return found
+
+
 @table("embeddings", "compare-embeddings-5w1s", "compare-embeddings-5w5s")
 def embeddings() -> list[list[str]]:
     files = [load(f"compare-embeddings-5w{shot}s")["algorithms"] for shot in (1, 5)]

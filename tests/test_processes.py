@@ -74,7 +74,7 @@ def test_a_process_is_killed_and_the_other_one_ends_with_a_sentence(tmp_path):
     while not checkpoint.exists() and time.monotonic() < end and both[0].poll() is None:
         time.sleep(0.05)
     both[1].send_signal(signal.SIGKILL)
-    out, err = both[0].communicate(timeout=60)
+    out, err = both[0].communicate(timeout=110)  # a few seconds, but for the load of other tests
     both[1].communicate()
     assert both[0].returncode == 75, err
     said = [line for line in err.splitlines() if line.startswith("adaptax:")]

@@ -21,9 +21,13 @@ from jaxtyping import PyTree
 
 from .process import ProcessLost
 
-HEARTBEAT, FAREWELL = 30, 900
+HEARTBEAT, FAREWELL = 100, 900
 """Seconds after which a silent process counts as dead, and that processes wait for each other in
-the end, when the first one draws and writes."""
+the end, when the first one draws and writes.
+
+A process that was killed is missed at the next exchange, which ends the others with a sentence. The
+heartbeat is for those that hang: JAX's runtime then aborts all, so it should not come first.
+"""
 
 Arguments = ParamSpec("Arguments")
 Value = TypeVar("Value")
