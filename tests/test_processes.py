@@ -65,11 +65,12 @@ def started(i, port, folder):
     )  # fmt: skip
 
 
-def test_a_process_is_killed_and_the_other_one_ends_with_a_sentence(tmp_path):
+def test_a_process_is_killed_and_the_other_one_ends_with_a_sentence(tmp_path, request):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     both = [started(i, port, tmp_path) for i in range(2)]
+    request.addfinalizer(lambda: [process.kill() for process in both])
     checkpoint, end = tmp_path / "run" / "checkpoint.safetensors", time.monotonic() + 240
     while not checkpoint.exists() and time.monotonic() < end and both[0].poll() is None:
         time.sleep(0.05)

@@ -9,17 +9,18 @@ from typing import Any
 from .. import report
 from ..recipes import Recipe, table
 from ..recipes.settings import with_path, with_settings
-from ..recipes.sweep import Sweep, domain
+from ..recipes.sweep import Sweep as Trials
+from ..recipes.sweep import domain
 from ..report.record import dump, facts, keep
 from ..report.tables import Sheet
 from . import settings
-from .commands import Sweep as Options
+from .commands import Sweep
 from .console import consoles
 from .progress import Shown
 from .studies import command
 
 
-def sweep(options: Options) -> None:
+def sweep(options: Sweep) -> None:
     """`adaptax sweep`."""
     table.trust(*options.trust)
     found = settings.recipe(options.name)
@@ -31,7 +32,7 @@ def sweep(options: Options) -> None:
     if not options.over:
         raise ValueError("name what to try: --over learner.inner_lr=0.001..0.5")
     folder = Path(options.out or f"runs/sweep-{found.name}")
-    work = Sweep(
+    work = Trials(
         Recipe(found.name, found.about, found.paper, experiment),
         [domain(text) for text in options.over],
         folder,
