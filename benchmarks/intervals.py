@@ -25,7 +25,7 @@ OUT = Path(__file__).parent / "results" / "intervals.json"
 LEARNERS = {
     "sinusoid": ("maml", "fomaml", "reptile", "anil", "meta-sgd", "maml++", "gp"),
     "sinusoid_or_line": ("maml", "platipus", "bmaml", "emaml"),
-    "fsmol": ("ridge", "anil", "emaml", "gp"),
+    "fsmol": ("ridge", "anil", "gp"),
 }
 
 

@@ -332,7 +332,9 @@ def intervals() -> list[list[str]]:
             f"{100 * r['coverage']:.1f} ± {100 * max(r['ci95'], r['calibration_ci95']):.1f} %"
             for r in rows
         ]
-        found.append([*head, f"{cell['calibration_tasks']:,}", *shown, number(rows[2]["size"], 2)])
+        # Not finite where adaptation diverged for a task.
+        width = "not finite" if rows[2]["size"] is None else number(rows[2]["size"], 2)
+        found.append([*head, f"{cell['calibration_tasks']:,}", *shown, width])
         if halves:
             mean = [f"{100 * halves[f'{float(n) / 100:g}']['coverage']:.1f} %" for n in levels]
             found.append([*head, "random halves, mean", *mean, ""])
