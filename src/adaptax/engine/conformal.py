@@ -307,7 +307,7 @@ class Conformal:
 
         own = by_task(found)
         mean, half = metrics.interval(own)
-        if found.spread.shape[-1] == found.score.shape[-1] and not self._classes(found):
+        if found.spread.shape[-1] == found.score.shape[-1]:  # numbers; classes are two or more
             size = 2 * largest * found.spread
             each = (size * weight).sum(axis=(1, 2))[there] / weight.sum(axis=(1, 2))[there]
         else:
@@ -315,9 +315,6 @@ class Conformal:
             each = (inside * weight[..., 0]).sum(axis=1)[there] / weight[..., 0].sum(axis=1)[there]
         other = float(metrics.ci95(by_task(self.scores)))
         return Coverage(level, float(mean), float(half), other, float(each.mean()), own)
-
-    def _classes(self, found: Scores) -> bool:
-        return losses.kind_of(self.learner.loss) == "classification"
 
     def _predicted(
         self, support: Source, x: PyTree, key: PRNGKeyArray | None, warn: bool = True
@@ -383,9 +380,7 @@ def scored(
     fast_path: FastPath = "auto",
 ) -> Scores:
     """Return the scores of the queries of many tasks; see `conformal`."""
-    if isinstance(noise, str) and noise not in ("learned", "support"):
-        raise ValueError(f'noise is a number above 0, "learned" or "support", not {noise!r}')
-    if not isinstance(noise, str) and not noise > 0:
+    if noise not in ("learned", "support") and (isinstance(noise, str) or not noise > 0):
         raise ValueError(f'noise is a number above 0, "learned" or "support", not {noise!r}')
     learner, listed = learner.with_way(way_of(tasks)), len(getattr(tasks, "names", ()))
     episodes = episodes or listed or 600

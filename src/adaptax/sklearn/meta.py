@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ STEPS, META_BATCH = 1500, 16
 """Meta-steps at most, and tasks in each of them."""
 
 
-class _MetaEstimator(BaseEstimator):  # type: ignore[misc]
+class _MetaEstimator(BaseEstimator, abc.ABC):  # type: ignore[misc]
     """What both kinds of meta-estimators share."""
 
     def __init__(
@@ -225,17 +226,17 @@ class _MetaEstimator(BaseEstimator):  # type: ignore[misc]
     def _classes(self) -> Any:
         return getattr(self, "classes_", None)
 
-    def _targets(self, y: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _targets(self, y: np.ndarray) -> np.ndarray: ...
 
-    def _adapted(self, prior: Prior) -> Any:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _adapted(self, prior: Prior) -> Any: ...
 
-    def _predicted(self, adapted: Any, x: Any) -> Any:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _predicted(self, adapted: Any, x: Any) -> Any: ...
 
-    def _score(self, x: Any, y: np.ndarray, known: Any, asked: Any) -> float:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _score(self, x: Any, y: np.ndarray, known: Any, asked: Any) -> float: ...
 
 
 class MetaRegressor(RegressorMixin, _MetaEstimator):  # type: ignore[misc]
